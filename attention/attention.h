@@ -1,0 +1,127 @@
+/* attention.h - attention over a constant-size memory: Hedgehog linear attention with exact keys, and softmax.
+ *
+ * For row n, query head h of kv head g = h / (n_heads / n_kv_heads), with window set W_n, sinks P and recall cache C_n
+ * all exact, and L_n the rest of the past:
+ *
+ *   w_nj = exp(q_n.k_j / sqrt(D))                       j in W_n, P, C_n      (q, k with RoPE)
+ *   w_nj = exp(c_h) phi_q(q'_n).phi_k(k'_j)             j in L_n              (mixing unified)
+ *   y_n  = sum_j w_nj v_j / sum_j w_nj
+ *   S [F][D] = sum_{j in L_n} phi_k(k'_j) v_j^T         z [F] = sum_{j in L_n} phi_k(k'_j)
+ *
+ * phi is one of feature_map.h; q', k' are q, k before RoPE (map_position none) or after it (rope).  Mixing lolcats scales
+ * the exact terms by sigmoid(omega_h) exp(-max exact logit) instead.  Sources: Hedgehog arXiv:2402.04347 (map), LoLCATs
+ * arXiv:2410.10254 eq. 7 (mixing, terraced window), LoLA arXiv:2505.23666 (recall cache).  Where we differ: docs/architecture.md.
+ *
+ * One code path serves prefill and decode.  A row's result depends on its sequence's tokens alone: never on
+ * how a prompt is cut, on neighbours, slot or number of threads, to the bit.
+ *
+ * A slot is one contiguous block of attention_slot_bytes(): first the part that is the sequence (attention_state_bytes():
+ * header, S, z, exact keys and values, cache positions), then copies derived from it (rotated keys). */
+#ifndef URCHIN_ATTENTION_ATTENTION_H
+#define URCHIN_ATTENTION_ATTENTION_H
+
+#include "attention/rope.h"
+#include "compute/team.h"
+#include "config/err.h"
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum attention_kind { ATTENTION_SOFTMAX, ATTENTION_HEDGEHOG };
+enum feature_map { MAP_EXP, MAP_SOFTMAX2, MAP_JOINT_SOFTMAX }; /* paper; LoLCATs; fla */
+enum window_rule { WINDOW_NONE, WINDOW_SLIDING, WINDOW_TERRACED };
+enum mixing { MIXING_UNIFIED, MIXING_LOLCATS };
+enum kv_type { KV_FP32, KV_BF16 };
+
+struct attention_config {
+    enum attention_kind kind;
+    int n_heads, n_kv_heads, head_dim; /* H, G, D */
+    enum kv_type kv_type;              /* exact keys and values, rounded before any use */
+    int64_t max_seq_len;               /* softmax: rows of its cache.  Hedgehog: unused */
+    /* the rest: ATTENTION_HEDGEHOG only */
+    enum feature_map map;
+    int features;                /* f projections; F = 2 f features [plus half | minus half] */
+    bool key_map_per_query_head; /* state heads: n_heads, else n_kv_heads */
+    enum window_rule window;
+    int window_size;      /* w; 0 with WINDOW_NONE */
+    int sinks;            /* 0 <= sinks <= w; 0 with WINDOW_NONE */
+    int cache_size;       /* terraced only, else 0 */
+    int cache_recent;     /* places of the cache chosen by error / (1 + distance / age) */
+    int cache_age;        /* tokens, > 0 when cache_recent > 0 */
+    int64_t horizon;      /* keys; 0: a plain sum */
+    enum mixing mixing;
+    bool map_before_rope; /* map_position none */
+    int64_t max_distance; /* map_before_rope with RoPE only, else 0 */
+};
+
+/* Checks a configuration: ERR_FORMAT and one sentence naming the field, e.g. sinks with WINDOW_NONE. */
+enum err attention_config_check(const struct attention_config *config, char *msg, size_t msg_len);
+
+/* Per-layer parameters, fp32, borrowed for the life of the attention; NULL where the kind has none. */
+struct attention_weights {
+    const float *map_q;      /* [n_heads][D][f]: u = x W, x a row */
+    const float *map_k;      /* [state heads][D][f] */
+    const float *map_q_bias; /* [n_heads][f] or NULL */
+    const float *map_k_bias; /* [state heads][f] or NULL */
+    const float *mix;        /* [n_heads]: c_h (unified) or omega_h (lolcats) */
+};
+
+struct attention; /* one model's: configuration, layout, RoPE tables and scratch */
+
+/* weights [n_layers] is copied, what it points to is borrowed; rope borrowed or NULL (no RoPE); team borrowed.
+ * max_rows, max_runs bound a step. */
+enum err attention_new(struct attention **out, const struct attention_config *config,
+                       const struct attention_weights *weights, int n_layers,
+                       const struct rope *rope, struct team *team, int max_rows, int max_runs);
+void attention_free(struct attention *a);
+
+/* ---- slots: room for one sequence each; memory is the caller's (64-byte aligned) ---- */
+size_t attention_slot_bytes(const struct attention *a);
+void attention_slot_clear(const struct attention *a, void *slot); /* position 0; cost: the header and S, z */
+void attention_slot_copy(const struct attention *a, void *dst, const void *src); /* fork */
+int64_t attention_slot_position(const struct attention *a, const void *slot); /* tokens read */
+
+/* A saved state: attention_state_bytes(a) bytes (softmax: for position tokens; Hedgehog: the same for every position).
+ * Loading checks every count against the configuration (ERR_FORMAT), and rebuilds what is derived.
+ * A loaded sequence goes on with the same bits as the saved one. */
+size_t attention_state_bytes(const struct attention *a, int64_t position);
+void attention_state_save(const struct attention *a, void *out, const void *slot);
+enum err attention_state_load(const struct attention *a, void *slot, const void *state,
+                              size_t bytes, char *msg, size_t msg_len);
+
+/* ---- a step: one ragged batch through all layers ---- */
+struct attention_run { /* rows first_row .. first_row + n_rows - 1 are the next tokens of one sequence */
+    void *slot;
+    int first_row, n_rows;
+};
+
+/* Fixes the runs of this step (copied) and computes what all layers share: angles of every row's position.
+ * No slot may be in two runs. */
+void attention_step_begin(struct attention *a, const struct attention_run *runs, int n_runs);
+
+/* One layer: q [rows][n_heads][D], k and v [rows][n_kv_heads][D], all before RoPE, row strides in floats (they may lie in one
+ * fused buffer), -> y [rows][n_heads * D] stride y_stride.  Folds, chooses the cache, appends, attends. */
+void attention_layer(struct attention *a, int layer, float *y, size_t y_stride, const float *q,
+                     size_t q_stride, const float *k, size_t k_stride, const float *v,
+                     size_t v_stride);
+
+/* After the last layer: the slots' positions advance by their runs' rows. */
+void attention_step_end(struct attention *a);
+
+/* ---- switches of evaluation and tests; between steps only ---- */
+void attention_set_linear(struct attention *a, bool on); /* off: exact keys only (c_h = -60) */
+
+/* Imposes the cache sets of every sequence: sets [n_layers][n_kv_heads][n_blocks][cache_size], positions in the cache while
+ * block b is processed, -1 for none; borrowed until NULL is given.  Blocks past n_blocks choose as usual. */
+void attention_impose_cache(struct attention *a, const int64_t *sets, int n_blocks);
+
+/* The cache of one layer and kv head as it stands: ascending positions into out [cache_size]; returns how many. */
+int attention_cache_positions(const struct attention *a, const void *slot, int layer, int kv_head,
+                              int64_t *out);
+
+/* Scores e_j of the newest choice at this layer and kv head, for tests: candidates' positions and errors, ascending positions.
+ * Computes them anew from the slot (whose next row must begin a block).  Returns the number of candidates. */
+int attention_cache_scores(const struct attention *a, const void *slot, int layer, int kv_head,
+                           int64_t *positions, float *errors);
+
+#endif

@@ -1,0 +1,64 @@
+/* settings.h - one table drives flags, URCHIN_* environment, the config file, --help and docs/settings.md.
+ *
+ * Order: a flag wins over the environment, that over the config file (--config FILE or URCHIN_CONFIG: lines `name = value`, # comments), that over
+ * the default.  --max-seqs is URCHIN_MAX_SEQS and `max-seqs = 8`.  A bad value is one sentence that names the setting, the value and its source
+ * (flag, variable, or file and line), and what would be right.  An unknown flag names the nearest known one. */
+#ifndef URCHIN_CONFIG_SETTINGS_H
+#define URCHIN_CONFIG_SETTINGS_H
+
+#include "config/err.h"
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+enum command { COMMAND_SERVE, COMMAND_RUN, COMMAND_INFO, COMMAND_EVAL, COMMAND_BENCH };
+
+struct settings {
+    enum command command;
+    /* model (all commands) */
+    const char *model;          /* positional; NULL: the default model */
+    const char *base;
+    const char *device;         /* auto, cpu (cuda: refused with a sentence for now) */
+    const char *weights;        /* auto, fp32, bf16, int8, int4 */
+    const char *kv_type;        /* bf16, fp32 */
+    const char *chat_template;
+    const char *isa;            /* auto, generic, avx2, avx512 */
+    int threads;                /* 0: all */
+    int cache_size, cache_recent, cache_age; /* -1: the model's */
+    int64_t max_distance, horizon;           /* -1: the model's */
+    int64_t max_seq_len;        /* 0: the model's / none */
+    /* serve */
+    const char *host; int port;
+    const char *served_model_name;
+    const char *api_key;        /* NULL: open; comma-separated list */
+    const char *cors_origin;    /* "*" */
+    int max_seqs;               /* slots; 0: by memory */
+    int64_t memory_mb;          /* budget for slots in MiB; 0: a quarter of what is free */
+    int max_queue, prefill_chunk;
+    int64_t body_limit_kb; int header_limit_kb; int idle_timeout_s; int max_connections;
+    int64_t output_limit_kb;    /* unread output per request before its sequence pauses */
+    double drain_timeout_s;
+    /* run */
+    const char *prompt;         /* positional; NULL: a chat on the terminal */
+    bool raw;                   /* complete the prompt as it is, no chat template */
+    const char *system;
+    int64_t max_tokens; double temperature, top_p, min_p; int top_k; int64_t seed;
+    /* eval (see convert/eval.h) */
+    const char *against; const char *text; const char *tests;
+    int64_t context, stride, tokens;
+    const char *lengths; int tries;
+    bool json;
+    /* logs */
+    const char *log_level; const char *log_format; bool log_prompts;
+};
+
+/* Fills s from argv (after the program's name), environment and file.  ERR_ARG with the sentence.  Strings live as long as the
+ * returned settings (settings_free).  *help is set when --help was asked for (then print it and exit 0). */
+enum err settings_load(struct settings *s, int argc, char **argv, bool *help, char *msg, size_t msg_len);
+void settings_free(struct settings *s);
+void settings_help(FILE *out, enum command command);   /* --help of one command */
+void settings_usage(FILE *out);                        /* urchin --help */
+void settings_markdown(FILE *out);                     /* docs/settings.md */
+
+#endif
