@@ -50,8 +50,11 @@ struct settings {
     const char *system;
     int64_t max_tokens; double temperature, top_p, min_p; int top_k; int64_t seed; /* seed -1: another one each time */
     /* eval (see convert/eval.h) */
-    const char *against; const char *text; const char *tests;
-    int64_t context, stride, tokens; /* tokens 0: the whole text */
+    const char *text;           /* comma-separated files */
+    const char *against;        /* model, "base", or NULL */
+    const char *against_weights, *against_kv_type; /* kv type NULL: as kv_type */
+    const char *tests, *ablate;
+    int64_t context, stride, bin, tokens; /* stride 0: as the context allows; tokens 0: the whole text */
     const char *lengths; int tries;  /* lengths: settings_list */
     /* bench (see server/bench.h); lists: settings_list */
     const char *n_prompt, *batch, *depth;
