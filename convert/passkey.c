@@ -1,0 +1,95 @@
+/* passkey.c - a five-digit number hidden in a text, and whether the model can repeat it. */
+#include "convert/passkey.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint64_t mix(uint64_t x) { /* SplitMix64's finaliser (Steele et al. 2014) */
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+enum err passkey_make(struct passkey *out, const struct tokenizer *tokenizer,
+                      const struct text *filler, int64_t length, int i, int n_tries, char *msg,
+                      size_t msg_len) {
+    uint64_t random = mix(mix((uint64_t)length) + (uint64_t)i);
+    struct passkey p = {.n = length};
+    snprintf(p.key, sizeof p.key, "%d", 10000 + (int)(random % 90000));
+
+    char fact[128];
+    snprintf(fact, sizeof fact, "\nThe pass key is %s. Remember it. %s is the pass key.\n", p.key,
+             p.key);
+    static const char question[] = "\nWhat is the pass key? The pass key is";
+    int32_t *fact_ids = NULL, *question_ids = NULL;
+    size_t n_fact = 0, n_question = 0;
+    enum err err = tokenize(tokenizer, fact, strlen(fact), 0, &fact_ids, &n_fact);
+    if (err == OK)
+        err = tokenize(tokenizer, question, strlen(question), 0, &question_ids, &n_question);
+    if (err) goto done;
+
+    int64_t bos = filler->bos >= 0;
+    int64_t n_fill = length - (int64_t)n_fact - (int64_t)n_question - bos;
+    if (n_fill < 0 || n_fill > filler->n) {
+        err = err_set(msg, msg_len, ERR_ARG,
+                      "a passkey prompt of %lld tokens needs %lld tokens of text, there are %lld",
+                      (long long)length, (long long)n_fill, (long long)filler->n);
+        goto done;
+    }
+    p.ids = malloc((size_t)length * sizeof *p.ids);
+    if (!p.ids) {
+        err = err_set(msg, msg_len, ERR_NOMEM, "out of memory");
+        goto done;
+    }
+    const int32_t *fill = filler->ids + mix(random) % (uint64_t)(filler->n - n_fill + 1);
+    size_t before = (size_t)(n_fill * (2 * i + 1) / (2 * n_tries));
+    size_t after = (size_t)n_fill - before;
+    int32_t *to = p.ids;
+    if (bos) *to++ = filler->bos;
+    memcpy(to, fill, before * sizeof *to);
+    memcpy(to += before, fact_ids, n_fact * sizeof *to);
+    memcpy(to += n_fact, fill + before, after * sizeof *to);
+    memcpy(to += after, question_ids, n_question * sizeof *to);
+    *out = p;
+done:
+    free(fact_ids);
+    free(question_ids);
+    return err;
+}
+
+int passkey_digits_right(const char *key, const char *answer, size_t len) {
+    while (len && *answer == ' ')
+        answer++, len--;
+    int right = 0;
+    for (size_t d = 0; d < PASSKEY_DIGITS && d < len; d++)
+        right += answer[d] == key[d];
+    return right;
+}
+
+enum err passkey_ask(int *right, struct reader *reader, const struct passkey *passkey, char *msg,
+                     size_t msg_len) {
+    /* A token holds at least one digit, but a space may stand alone before them. */
+    enum { MOST_TOKENS = PASSKEY_DIGITS + 1 };
+    int vocab_size = model_info(reader->model)->vocab_size;
+    const struct tokenizer *tokenizer = model_tokenizer(reader->model);
+    char answer[256];
+    size_t len = 0;
+    const float *logits;
+    model_slot_clear(reader->model, reader->slot);
+    enum err err = reader_feed(reader, passkey->ids, passkey->n, 1, &logits, msg, msg_len);
+    for (int i = 0; i < MOST_TOKENS && err == OK; i++) {
+        int32_t best = 0;
+        for (int32_t t = 1; t < vocab_size; t++)
+            if (logits[t] > logits[best]) best = t;
+        size_t n;
+        const char *bytes = token_bytes(tokenizer, best, false, &n);
+        if (n > sizeof answer - len) n = sizeof answer - len;
+        memcpy(answer + len, bytes, n);
+        len += n;
+        if (i + 1 < MOST_TOKENS) err = reader_feed(reader, &best, 1, 1, &logits, msg, msg_len);
+    }
+    if (err == OK) *right = passkey_digits_right(passkey->key, answer, len);
+    return err;
+}
