@@ -1,0 +1,41 @@
+/* cpu.c - which instruction family the kernels run with. */
+#include "compute/cpu.h"
+
+#include <stdatomic.h>
+
+static _Atomic int limit = CPU_AVX512;
+
+static enum cpu_isa detect(void) {
+#if defined(__x86_64__)
+    /* These also ask whether the operating system saves the wide registers. */
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+        !__builtin_cpu_supports("f16c"))
+        return CPU_GENERIC;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512vnni"))
+        return CPU_AVX2;
+    return CPU_AVX512;
+#else
+    return CPU_GENERIC;
+#endif
+}
+
+enum cpu_isa cpu_isa(void) {
+    int most = atomic_load_explicit(&limit, memory_order_relaxed);
+    enum cpu_isa best = detect();
+    return (int)best < most ? best : (enum cpu_isa)most;
+}
+
+void cpu_isa_limit(enum cpu_isa most) {
+    atomic_store_explicit(&limit, (int)most, memory_order_relaxed);
+}
+
+const char *cpu_isa_name(enum cpu_isa isa) {
+    switch (isa) {
+    case CPU_GENERIC: return "generic";
+    case CPU_AVX2: return "avx2";
+    case CPU_AVX512: return "avx512";
+    }
+    return "unknown";
+}

@@ -1,0 +1,69 @@
+/* kernels.h - the functions that compute/kernels.c exports once per instruction family.
+ *
+ * Only compute/ calls them; everyone else uses matrix.h and ops.h.  They trust their arguments.
+ *
+ * Packed matrices are panels of 16 rows n of W (16 lanes), padded with zeros; a panel holds, in ascending k,
+ *   fp32   [n_in] { float w[16] }
+ *   bf16   [n_in] { uint16 w[16] }
+ *   int8   [n_blocks] { uint8 q[8][16][4], fp16 s[16] }       q + 128 of k = 4 group + i;  544 bytes
+ *   int4   [n_blocks] { uint8 q[4][16][4], fp16 s[16], m[16] } low nibbles groups 0-3, high 4-7;  320 bytes
+ * with blocks of 32 k in 8 groups of 4, which is what one byte dot product instruction takes.  int8 weights are stored
+ * with 128 added because that instruction multiplies unsigned by signed bytes. */
+#ifndef URCHIN_COMPUTE_KERNELS_H
+#define URCHIN_COMPUTE_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    PANEL = 16,
+    BLOCK = 32,
+    INT8_BLOCK_BYTES = 8 * 64 + 32,
+    INT4_BLOCK_BYTES = 4 * 64 + 64,
+};
+
+/* Rows of activations in blocks of 32: x ~= scale q, q in [-127, 127].  Of a block that holds an infinity or NaN
+ * the scale is NaN; one below 1e-30 counts as zeros. */
+struct quantised_rows {
+    int8_t *q;         /* [rows][n_blocks][32] */
+    float *scale;      /* [rows][n_blocks] */
+    int32_t *offset;   /* [rows][n_blocks]: -128 sum(q), what adding 128 to the weights cost */
+    float *scaled_sum; /* [rows][n_blocks]: scale sum(q), for the minima of int4 */
+};
+
+struct matmul_args {
+    float *y;
+    size_t y_stride;
+    const float *x; /* fp32, bf16 */
+    size_t x_stride;
+    struct quantised_rows xq; /* int8, int4 */
+    int n_rows, n_in, n_out, n_blocks;
+    const unsigned char *w;
+    size_t panel_bytes;
+    const float *bias; /* [n_out] or NULL */
+};
+
+/* Columns 16 first .. min(16 end, n_out) - 1 of all rows of y. */
+typedef void matmul_kernel(const struct matmul_args *args, int first_panel, int end_panel);
+
+struct compute_kernels {
+    matmul_kernel *matmul[4]; /* by enum weight_type */
+    void (*quantise_row)(const struct quantised_rows *out, int row, const float *x, int n_in);
+    /* ops.h */
+    void (*rms_norm)(float *y, const float *x, const float *weight, int n, float eps);
+    void (*layer_norm)(float *y, const float *x, const float *weight, const float *bias, int n,
+                       float eps);
+    void (*silu_mul)(float *y, const float *gate, const float *up, int n);
+    void (*gelu_tanh)(float *y, const float *x, int n);
+    void (*add_to)(float *y, const float *x, int n);
+};
+
+/* The table of cpu_isa(). */
+const struct compute_kernels *compute_kernels(void);
+
+extern const struct compute_kernels compute_kernels_generic;
+#if defined(__x86_64__)
+extern const struct compute_kernels compute_kernels_avx2, compute_kernels_avx512;
+#endif
+
+#endif
