@@ -1,13 +1,18 @@
-/* passkey.h - can a model repeat a number it read far back?  (Mohtashami and Jaggi 2023,
- * arXiv:2305.16300, section 4.2)
+/* passkey.h - can a model repeat a number it read far back?
  *
+ * Mohtashami and Jaggi 2023, arXiv:2305.16300, section 4.2, with a novel in place of their filler.
  * A prompt of exactly `length` tokens, BOS included where the tokenizer adds one:
- *   text  "\nThe pass key is 48213. Remember it. 48213 is the pass key.\n"  text  "\nWhat is the
- * pass key? The pass key is" The text is a run of consecutive tokens of the filler from a random
- * place; in try i of n the key's sentence stands after the share (2 i + 1) / 2 n of it, so the
- * tries cover all depths evenly.  Key and place are functions of (length, i) alone.  The model
- * answers greedily; leading spaces are dropped and the first five characters compared one by one:
- * an answer is right by 0 to 5 digits.  No chat template. */
+ *
+ *   text
+ *   "\nThe pass key is 48213. Remember it. 48213 is the pass key.\n"
+ *   text
+ *   "\nWhat is the pass key? The pass key is"
+ *
+ * The text is a run of consecutive tokens of the filler from a random place; in try i of n the
+ * key's sentence stands after the share (2 i + 1) / 2 n of it, so the tries cover all depths evenly.
+ * Key and place are functions of (length, i) alone.  The model answers greedily; leading spaces are
+ * dropped and the first five characters compared one by one: an answer is right by 0 to 5 digits.
+ * No chat template. */
 #ifndef URCHIN_CONVERT_PASSKEY_H
 #define URCHIN_CONVERT_PASSKEY_H
 

@@ -1,10 +1,12 @@
 /* reading.h - texts read by several models side by side, every token scored once.
  *
- * Which tokens are scored, and with what before them.  A text has n tokens, 0 .. n - 1.  A reader
- * with a window (context C, stride s <= C) scores it in blocks of s tokens: block b is tokens b s
- * .. (b + 1) s - 1, read with as many tokens before it as fit into C: its context starts at token
- * max(0, (b + 1) s - C), at position 0 of an empty slot.  (Hugging Face's strided perplexity.  s =
- * C: separate windows.)  A reader without a window (stride 0) reads the whole text as one sequence.
+ * Which tokens are scored, and with what before them: a text has n tokens, 0 .. n - 1.  A reader
+ * with a window (context C, stride s <= C) scores it in blocks of s tokens.  Block b is tokens
+ * b s .. (b + 1) s - 1, read with as many tokens before it as fit into C: its context starts at
+ * token max(0, (b + 1) s - C), at position 0 of an empty slot.  Where s divides C this is Hugging
+ * Face's strided perplexity; s = C are separate windows.  A reader without a window (stride 0)
+ * reads the whole text as one sequence.
+ *
  * Where the tokenizer puts BOS in front of a text, every context starts with it, and it counts into
  * C.  A token with nothing before it in its context is not scored, by any reader: so separate
  * windows of 1,024 score 1,023 tokens each (with BOS: the 1,023 that fit beside it). */
@@ -14,8 +16,7 @@
 #include "convert/score.h"
 #include "model/model.h"
 
-/* Steps have at most so many rows, all of which may ask for logits: open the models with at least
- * this. */
+/* Steps have at most so many rows, all with logits: open the models with at least this. */
 enum { READING_ROWS = 128 };
 
 struct reader { /* one way of reading: a model, perhaps with something switched off */
@@ -33,8 +34,7 @@ struct text {
     int32_t bos; /* -1: none */
 };
 
-/* The block that token t is scored in: tokens first .. last - 1, with a context from token start.
- */
+/* The block that token t is scored in: tokens first .. last - 1, with a context from token start. */
 struct window {
     int64_t start, first, last;
 };
