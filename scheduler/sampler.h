@@ -36,6 +36,9 @@ void token_counts_copy(struct token_counts *dst, const struct token_counts *src)
 void token_counts_add_prompt(struct token_counts *c, int32_t token);
 void token_counts_add_output(struct token_counts *c, int32_t token);
 
+/* The draw itself, in [0, 1): Philox4x32-10 of (seed, choice, index). */
+double sampler_uniform(uint64_t seed, uint32_t choice, uint64_t index);
+
 struct sampler; /* scratch for one vocabulary; one per scheduler thread */
 enum err sampler_new(struct sampler **out, int vocab_size);
 void sampler_free(struct sampler *s);
@@ -48,6 +51,7 @@ int32_t sample(struct sampler *s, const float *logits, const struct sampling *ho
 
 struct token_logprob { int32_t token; float logprob; };
 /* Log-probability of token, and the n_top best (descending, ties to the lower id) into top; raw logits. */
+/* NaN logits count as -inf, so may the result be; n_top beyond the vocabulary leaves the rest of top untouched. */
 float sampler_logprobs(struct sampler *s, const float *logits, int32_t token,
                        struct token_logprob *top, int n_top);
 

@@ -45,7 +45,8 @@ struct sched_token {
 };
 
 /* One step of one choice's output.  Text is whole UTF-8 (invalid bytes became U+FFFD), with what might be the beginning of a stop string held
- * back; tokens are those whose text is complete with this event, so concatenating all events gives everything once. */
+ * back; tokens are those whose text is complete with this event, so concatenating all events gives everything once: every generated
+ * token is in one event, those of a stop string and the one that ended the text too (in the last). */
 struct sched_event {
     int choice;            /* 0 .. n - 1 */
     bool is_prompt;        /* tokens are the prompt's, with logprobs (prompt_logprobs), text empty; come once, before all else, as choice 0 */
@@ -55,7 +56,7 @@ struct sched_event {
     int n_tokens;
     enum finish_reason finish; /* FINISH_NONE until the choice's last event */
     const char *stop_string;   /* the stop string that fired, or NULL */
-    int32_t stop_token;        /* the token that ended the choice, or -1 */
+    int32_t stop_token;        /* the end-of-text or stop token that ended the choice, or -1.  Its text is shown with include_stop only */
     const char *error;         /* FINISH_ERROR: one sentence */
 };
 
@@ -71,18 +72,22 @@ void ticket_free(struct ticket *t); /* cancels what still runs; slots are free w
 
 struct sched_options {
     struct model *model;     /* borrowed; the scheduler thread's from sched_new to sched_free */
-    int max_queue;           /* requests that may wait */
+    int max_rows, max_logits; /* what the model was opened with; at least slots + 1 each, more lets prompts read as fast as prefill_chunk
+                                 allows (rows: slots + prefill_chunk) and prompt_logprobs with them (logits) */
+    int max_queue;           /* requests that may wait: those that could not start at once */
     int prefill_chunk;       /* prompt rows a step */
     size_t output_limit;     /* unread bytes a ticket */
     int64_t default_max;     /* cap of max_tokens -1; 0: none */
 };
 struct sched;
+/* ERR_ARG: max_rows or max_logits too small for the model's slots. */
 enum err sched_new(struct sched **out, const struct sched_options *options, char *msg, size_t msg_len);
 /* Waits for the thread; requests still there end with FINISH_CANCELLED. */
 void sched_free(struct sched *s);
 
-/* ERR_ARG (with a sentence: best_of beyond the slots, prompt and max_tokens beyond max_seq_len, ...), ERR_NOMEM, or
- * ERR_BUSY with *retry_after_s.  notify(arg) is called from the scheduler thread whenever events appear; it must not block and must not
+/* ERR_ARG (with a sentence: best_of beyond the slots, a prompt that fills max_seq_len, ...; a max_tokens beyond it is cut),
+ * ERR_NOMEM, ERR_DEVICE when unhealthy, or ERR_BUSY with *retry_after_s (0.05 to 120 s, later for each who is turned away before a
+ * place is free; -1 when draining).  notify(arg) is called from the scheduler thread whenever events appear; it must not block and must not
  * call into the scheduler or ticket. */
 enum err sched_submit(struct sched *s, const struct sched_request *request, void (*notify)(void *arg),
                       void *arg, struct ticket **out, double *retry_after_s, char *msg, size_t msg_len);
@@ -98,7 +103,7 @@ extern const double sched_tokens_bounds[SCHED_BUCKETS];  /* 1, 2, 4, ... */
 struct sched_stats {
     int running, waiting, slots, slots_used, slots_paused, queue_limit;
     uint64_t prompt_tokens, generation_tokens, cached_tokens, steps, rejected;
-    uint64_t finished[5]; /* by finish_reason */
+    uint64_t finished[5]; /* requests, by the finish_reason of the choice that ended last */
     struct histogram time_to_first_token, inter_token, e2e, queue_time, prefill_time, decode_time, prompt_len, generation_len, step_tokens;
     double tokens_per_s; /* generated, smoothed over about 10 s */
     bool healthy;        /* false: a step failed for good (ERR_DEVICE) */
