@@ -1,0 +1,160 @@
+/* tokenizer_split.c - cutting text into words by regular expressions, one after the other.
+ *
+ * Each split works on the pieces the one before it left, and a piece is a subject of its own:
+ * nothing looks across its ends.  Bytes that are not UTF-8 are words by themselves. */
+#include "model/tokenizer_impl.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* The patterns that the models' own tokenizer.json files hold (GPT-2's is inside ByteLevel). */
+const char split_gpt2[] =
+    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
+const char split_llama3[] =
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"
+    " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+const char split_qwen2[] = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|"
+                           " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+
+/* A match that backtracks more than this (PCRE2's own default) is given up, and the rest of its
+ * piece stays one word.  The families' patterns never come near: each of their repeats is over one
+ * character class. */
+enum { MATCH_LIMIT = 10000000, JIT_STACK_MIN = 32 << 10, JIT_STACK_MAX = 1 << 20 };
+
+enum err pattern_compile(pcre2_code **out, const char *pattern, size_t len, bool literal,
+                         const char *name, char *msg, size_t msg_len) {
+    int error;
+    PCRE2_SIZE at;
+    uint32_t options = PCRE2_UTF | (literal ? PCRE2_LITERAL : PCRE2_UCP);
+    pcre2_code *code = pcre2_compile((PCRE2_SPTR)pattern, len, options, &error, &at, NULL);
+    if (!code && error == PCRE2_ERROR_HEAP_FAILED) return ERR_NOMEM;
+    if (!code) {
+        char why[128];
+        pcre2_get_error_message(error, (PCRE2_UCHAR *)why, sizeof why);
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "%s: the pattern \"%.*s\" is wrong at byte %zu: %s", name,
+                       len < 200 ? (int)len : 200, pattern, (size_t)at, why);
+    }
+    pcre2_jit_compile(code, PCRE2_JIT_COMPLETE); /* where there is no JIT the interpreter matches */
+    *out = code;
+    return OK;
+}
+
+enum err split_add(struct tokenizer *t, const char *pattern, size_t len, bool literal,
+                   enum split_behavior behavior, bool invert, const char *name, char *msg,
+                   size_t msg_len) {
+    struct split *splits = realloc(t->splits, (size_t)(t->n_splits + 1) * sizeof *splits);
+    if (!splits) return ERR_NOMEM;
+    t->splits = splits;
+    splits[t->n_splits] = (struct split){NULL, behavior, invert};
+    enum err e =
+        pattern_compile(&splits[t->n_splits].pattern, pattern, len, literal, name, msg, msg_len);
+    if (e == OK) t->n_splits++;
+    return e;
+}
+
+enum err split_scratch_new(struct split_scratch *s, const struct tokenizer *t) {
+    *s = (struct split_scratch){0};
+    if (t->n_splits == 0) return OK;
+    s->context = pcre2_match_context_create(NULL);
+    s->stack = pcre2_jit_stack_create(JIT_STACK_MIN, JIT_STACK_MAX, NULL); /* NULL: no JIT */
+    s->matches = calloc((size_t)t->n_splits, sizeof *s->matches);
+    if (!s->context || !s->matches) goto fail;
+    pcre2_set_match_limit(s->context, MATCH_LIMIT);
+    if (s->stack) pcre2_jit_stack_assign(s->context, NULL, s->stack);
+    for (int i = 0; i < t->n_splits; i++) {
+        s->matches[i] = pcre2_match_data_create(1, NULL);
+        if (!s->matches[i]) goto fail;
+    }
+    return OK;
+fail:
+    split_scratch_free(s, t);
+    return ERR_NOMEM;
+}
+
+void split_scratch_free(struct split_scratch *s, const struct tokenizer *t) {
+    for (int i = 0; s->matches && i < t->n_splits; i++)
+        pcre2_match_data_free(s->matches[i]);
+    free(s->matches);
+    pcre2_jit_stack_free(s->stack);
+    pcre2_match_context_free(s->context);
+    *s = (struct split_scratch){0};
+}
+
+struct splitting {
+    const struct tokenizer *t;
+    struct split_scratch *scratch;
+    split_emit *emit;
+    void *arg;
+};
+
+static bool split_from(const struct splitting *w, int step, const char *text, size_t len);
+
+/* What one split makes of a piece: matches and gaps in order, joined as its behaviour says. */
+struct joined {
+    size_t begin, end; /* a piece not handed on yet; empty: none */
+    bool match;        /* its last part is a match */
+};
+
+static bool add_part(const struct splitting *w, int step, const char *text, struct joined *held,
+                     size_t begin, size_t end, bool match) {
+    const struct split *split = &w->t->splits[step];
+    if (begin == end) return true;
+    match ^= split->invert;
+    bool join = held->begin < held->end &&
+                ((split->behavior == SPLIT_CONTIGUOUS && match == held->match) ||
+                 (split->behavior == SPLIT_MERGED_WITH_PREVIOUS && match && !held->match) ||
+                 (split->behavior == SPLIT_MERGED_WITH_NEXT && !match && held->match));
+    bool ok = true;
+    if (!join) {
+        ok = split_from(w, step + 1, text + held->begin, held->end - held->begin);
+        held->begin = begin;
+    }
+    held->end = end;
+    held->match = match;
+    if (match && split->behavior == SPLIT_REMOVED) held->begin = held->end;
+    return ok;
+}
+
+/* text is valid UTF-8. */
+static bool split_from(const struct splitting *w, int step, const char *text, size_t len) {
+    if (len == 0) return true;
+    if (step == w->t->n_splits) return w->emit(w->arg, text, len);
+    pcre2_match_data *data = w->scratch->matches[step];
+    const PCRE2_SIZE *match = pcre2_get_ovector_pointer(data);
+    struct joined held = {0};
+    size_t done = 0;
+    for (size_t at = 0; at < len;) {
+        int found = pcre2_match(w->t->splits[step].pattern, (PCRE2_SPTR)text, len, at,
+                                PCRE2_NO_UTF_CHECK, data, w->scratch->context);
+        if (found < 0) break; /* no match, or given up: one rest */
+        size_t begin = match[0], end = match[1];
+        if (begin >= end) { /* an empty match (or \K's doing) parts nothing */
+            size_t n;
+            if (begin >= len) break;
+            utf8_next(text + begin, len - begin, &n);
+            at = begin + n > at ? begin + n : at + 1;
+            continue;
+        }
+        if (begin < done) break; /* \K in a look-behind */
+        if (!add_part(w, step, text, &held, done, begin, false) ||
+            !add_part(w, step, text, &held, begin, end, true))
+            return false;
+        done = at = end;
+    }
+    return add_part(w, step, text, &held, done, len, false) &&
+           split_from(w, step + 1, text + held.begin, held.end - held.begin);
+}
+
+bool split_text(const struct tokenizer *t, struct split_scratch *s, const char *text, size_t len,
+                split_emit *emit, void *arg) {
+    if (t->n_splits == 0) return len == 0 || emit(arg, text, len);
+    struct splitting w = {t, s, emit, arg};
+    for (size_t i = 0; i < len;) {
+        size_t n = utf8_valid_run(text + i, len - i);
+        if (!split_from(&w, 0, text + i, n)) return false;
+        i += n;
+        if (i < len && !emit(arg, text + i++, 1)) return false;
+    }
+    return true;
+}
