@@ -26,6 +26,16 @@ struct rope;
 enum err rope_new(struct rope **out, const struct rope_config *config, char *msg, size_t msg_len);
 void rope_free(struct rope *rope);
 void rope_angles(const struct rope *rope, int64_t position, float *cosines, float *sines); /* [head_dim / 2] each */
-void rope_rotate(float *y, const float *x, const float *cosines, const float *sines, int head_dim); /* y may be x */
+
+/* y may be x.  Here, not in rope.c, so that each instruction family compiles its own. */
+static inline void rope_rotate(float *y, const float *x, const float *cosines, const float *sines,
+                               int head_dim) {
+    int half = head_dim / 2;
+    for (int i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        y[i] = a * cosines[i] - b * sines[i];
+        y[i + half] = b * cosines[i] + a * sines[i];
+    }
+}
 
 #endif

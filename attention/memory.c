@@ -1,0 +1,329 @@
+/* memory.c - what a sequence remembers: exact keys and values, the recall cache, and the state everything else is folded into.
+ *
+ * Terraced windows work in blocks of w positions.  Before the first row of block b >= 2, block b - 2 leaves the window: its keys
+ * and those in the cache are candidates, the state is asked to recall each one's value from its own key,
+ *
+ *   S' = S + sum_{j in cand} phi_k(k'_j) [v_j, 1]^T     r_j = S'^T phi_k(k'_j)     e_j = || r_j[0:D] / r_j[D] - v_j ||^2
+ *
+ * the worst recalled stay in the cache and the others are folded into S.  (LoLA, arXiv:2505.23666; ours: places for recent keys, and
+ * a horizon.)  The scoring is 200 times the work of a row, and its inputs are complete one block earlier: so each layer
+ * does its own at another row of block b - 1.  Whoever comes to block b without scores computes them there, to the same bits. */
+#include "attention/internal.h"
+
+#include <math.h>
+#include <string.h>
+
+/* ---- positions ---- */
+
+int64_t memory_folded(const struct attention *a, int64_t position) {
+    const struct attention_config *c = &a->config;
+    int64_t left = 0;
+    if (c->kind == ATTENTION_SOFTMAX) return 0;
+    if (c->window == WINDOW_NONE) left = position + 1;
+    if (c->window == WINDOW_SLIDING) left = position + 1 - c->window_size - c->sinks;
+    if (c->window == WINDOW_TERRACED)
+        left = (position / c->window_size - 1) * c->window_size - c->sinks - c->cache_size;
+    return left > 0 ? left : 0;
+}
+
+/* What S and z are multiplied by when the number of keys ever folded grows from before to after: beyond the horizon
+ * the state forgets, so that it stays an average over that many keys. */
+static float forgetting(const struct attention *a, int64_t before, int64_t after) {
+    int64_t horizon = a->config.horizon;
+    if (!horizon || after <= horizon) return 1;
+    int64_t held = (before < horizon ? before : horizon) + after - before;
+    return (float)((double)horizon / (double)held);
+}
+
+int memory_cached(const struct attention *a, const struct memory *m) {
+    int n = 0;
+    while (n < a->layout.cache && m->positions[n] >= 0) n++;
+    return n;
+}
+
+/* The position of the key at an entry in use, as of the row at position. */
+int64_t memory_entry_position(const struct attention *a, const struct memory *m, int entry, int64_t position) {
+    const struct layout *l = &a->layout;
+    if (entry < l->sinks) return entry;
+    if (entry < l->sinks + l->cache) return m->positions[entry - l->sinks];
+    int64_t place = entry - l->sinks - l->cache, w = a->config.window_size;
+    if (a->config.kind == ATTENTION_SOFTMAX) return place;
+    if (a->config.window == WINDOW_SLIDING) return position - (position - place) % w;
+    int64_t block = position / w;
+    if (block % 2 != place / w) block--;
+    return block * w + place % w;
+}
+
+/* Does a sink or cached key count as exactly max_distance behind for the row at position? */
+bool memory_clamped(const struct attention *a, int64_t key, int64_t position) {
+    if (!a->config.max_distance) return false;
+    int64_t w = a->config.window_size;
+    int64_t from = a->config.window == WINDOW_TERRACED ? position / w * w : position;
+    return from - key > a->config.max_distance;
+}
+
+/* ---- entries ---- */
+
+static size_t element_bytes(const struct attention *a) {
+    return a->config.kv_type == KV_BF16 ? sizeof(uint16_t) : sizeof(float);
+}
+
+static void copy_column(const struct attention *a, void *to_keys, int to, const void *from_keys, int from) {
+    size_t size = element_bytes(a), tile = (size_t)a->shape.head_dim * TILE * size, step = TILE * size;
+    char *dst = (char *)to_keys + (size_t)(to / TILE) * tile + (size_t)(to % TILE) * size;
+    const char *src = (const char *)from_keys + (size_t)(from / TILE) * tile + (size_t)(from % TILE) * size;
+    for (int d = 0; d < a->shape.head_dim; d++, dst += step, src += step) memcpy(dst, src, size);
+}
+
+static void move_entry(const struct attention *a, struct memory *m, int to, int from) {
+    if (to == from) return;
+    size_t row = (size_t)a->shape.lanes * element_bytes(a);
+    copy_column(a, m->keys, to, m->keys, from);
+    if (m->turned != m->keys) copy_column(a, m->turned, to, m->turned, from);
+    memcpy((char *)m->values + (size_t)to * row, (char *)m->values + (size_t)from * row, row);
+}
+
+/* Stores a row's key and value.  The copy that scores is rotated from k' as it was rounded. */
+static void write_entry(const struct layer_job *job, struct memory *m, int entry, int row, int kv_head, struct scratch *tmp) {
+    const struct attention *a = job->a;
+    const struct attention_kernels *use = a->kernels;
+    const struct shape *s = &a->shape;
+    int D = s->head_dim;
+    const float *k = job->k + (size_t)row * job->k_row + (size_t)kv_head * D;
+    const float *cosines = a->cosines + (size_t)row * (D / 2), *sines = a->sines + (size_t)row * (D / 2);
+    if (a->rope && !s->map_before_rope) {
+        use->rotate(tmp->x, k, cosines, sines, D);
+        k = tmp->x;
+    }
+    use->write_key(s, m->keys, entry, k);
+    if (m->turned != m->keys) {
+        use->read_key(s, tmp->x, m->keys, entry);
+        use->rotate(tmp->x, tmp->x, cosines, sines, D);
+        use->write_key(s, m->turned, entry, tmp->x);
+    }
+    use->write_value(s, m->values, entry, job->v + (size_t)row * job->v_row + (size_t)kv_head * D);
+}
+
+/* An entry as row j of tmp->x and tmp->v, in fp32. */
+static void read_entry(const struct attention *a, const struct memory *m, int entry, int j, struct scratch *tmp) {
+    a->kernels->read_key(&a->shape, tmp->x + (size_t)j * a->shape.head_dim, m->keys, entry);
+    a->kernels->read_value(&a->shape, tmp->v + (size_t)j * a->shape.lanes, m->values, entry);
+}
+
+/* phi_k of the n keys in tmp->x under state head h of kv_head: the one place where features of keys are made. */
+static void key_features(const struct attention *a, int layer, int kv_head, int h, int n, struct scratch *tmp) {
+    const struct attention_weights *w = &a->weights[layer];
+    size_t head = (size_t)kv_head * a->state_heads + h;
+    a->kernels->key_features(&a->shape, tmp->phi, tmp->x, n, w->map_k + head * a->shape.head_dim * a->shape.f_lanes,
+                             w->map_k_bias ? w->map_k_bias + head * a->shape.f_lanes : NULL, tmp->u);
+}
+
+/* Folds the n keys and values in tmp into every state of the kv head; then the horizon. */
+static void fold(const struct attention *a, int layer, int kv_head, struct memory *m, int n, float forget, struct scratch *tmp) {
+    for (int h = 0; h < a->state_heads; h++) {
+        float *S = m->state + (size_t)h * a->layout.state_floats;
+        key_features(a, layer, kv_head, h, n, tmp);
+        a->kernels->fold(&a->shape, S, S + a->layout.S_floats, tmp->phi, tmp->v, n);
+        if (forget != 1) a->kernels->scale(S, a->layout.state_floats, forget);
+    }
+}
+
+/* ---- the choice of the cache ---- */
+
+/* The entries of candidates for block b, ascending positions: the cache, then block b - 2 less the sinks. */
+static int candidates(const struct attention *a, const struct memory *m, int64_t b, int *entry) {
+    const struct layout *l = &a->layout;
+    int w = a->config.window_size, n = 0, cached = memory_cached(a, m);
+    int half = l->sinks + l->cache + (int)(b % 2) * w;
+    for (int i = 0; i < cached; i++) entry[n++] = l->sinks + i;
+    for (int i = b == 2 ? l->sinks : 0; i < w; i++) entry[n++] = half + i;
+    return n;
+}
+
+/* error[n] = e_j of each candidate, summed over the group's states. */
+static void self_recall(const struct attention *a, int layer, int kv_head, const struct memory *m, const int *entry, int n,
+                        float *error, struct scratch *tmp) {
+    const struct layout *l = &a->layout;
+    for (int j = 0; j < n; j++) read_entry(a, m, entry[j], j, tmp);
+    memset(error, 0, (size_t)n * sizeof *error);
+    for (int h = 0; h < a->state_heads; h++) {
+        float *S = tmp->state, *z = S + l->S_floats;
+        key_features(a, layer, kv_head, h, n, tmp);
+        memcpy(S, m->state + (size_t)h * l->state_floats, l->state_floats * sizeof *S);
+        a->kernels->fold(&a->shape, S, z, tmp->phi, tmp->v, n);
+        a->kernels->self_recall(&a->shape, error, tmp->recalled, S, z, tmp->phi, tmp->v, n);
+    }
+    for (int j = 0; j < n; j++) /* what overflows is not recalled at all */
+        if (isnan(error[j])) error[j] = INFINITY;
+}
+
+/* Marks the `count` largest scores among those not kept yet; of equals the earlier. */
+static void keep_largest(bool *keep, const double *score, int n, int count) {
+    for (; count > 0; count--) {
+        int best = -1;
+        for (int j = 0; j < n; j++)
+            if (!keep[j] && (best < 0 || score[j] > score[best])) best = j;
+        if (best < 0) return;
+        keep[best] = true;
+    }
+}
+
+static void choose(const struct attention *a, const int64_t *position, const float *error, int n, int64_t start, bool *keep,
+                   double *score) {
+    const struct attention_config *c = &a->config;
+    for (int j = 0; j < n; j++) score[j] = error[j];
+    keep_largest(keep, score, n, c->cache_size - c->cache_recent);
+    if (!c->cache_recent) return;
+    for (int j = 0; j < n; j++) score[j] /= 1 + (double)(start - position[j]) / c->cache_age;
+    keep_largest(keep, score, n, c->cache_recent);
+}
+
+static const int64_t *imposed_set(const struct attention *a, int layer, int kv_head, int64_t b) {
+    if (!a->imposed || b >= a->imposed_blocks) return NULL;
+    size_t head = (size_t)layer * a->config.n_kv_heads + kv_head;
+    return a->imposed + (head * a->imposed_blocks + (size_t)b) * a->config.cache_size;
+}
+
+static bool contains(const int64_t *set, int n, int64_t x) {
+    for (int i = 0; i < n; i++)
+        if (set[i] == x) return true;
+    return false;
+}
+
+/* Marks what stays in the cache of block b among the n candidates in tmp. */
+static void mark_kept(const struct attention *a, int layer, int kv_head, struct memory *m, int64_t b, int n, struct scratch *tmp) {
+    int size = a->config.cache_size;
+    const int64_t *imposed = imposed_set(a, layer, kv_head, b);
+    for (int j = 0; j < n; j++)
+        tmp->keep[j] = n <= size || (imposed && contains(imposed, size, tmp->position[j]));
+    if (n <= size || imposed || size == 0) return;
+    if (*m->scored != b) {
+        self_recall(a, layer, kv_head, m, tmp->entry, n, m->scores, tmp);
+        *m->scored = b;
+    }
+    choose(a, tmp->position, m->scores, n, b * a->config.window_size, tmp->keep, tmp->rank);
+}
+
+/* Before the first row of block b: sinks become entries of their own, the cache is chosen, the others are folded, and
+ * keys that are now too far are clamped. */
+static void begin_block(const struct attention *a, int layer, int kv_head, struct memory *m, int64_t b, struct scratch *tmp) {
+    const struct layout *l = &a->layout;
+    int64_t w = a->config.window_size, start = b * w;
+    if (b < 2) return;
+    int n = candidates(a, m, b, tmp->entry);
+    for (int j = 0; j < n; j++) tmp->position[j] = memory_entry_position(a, m, tmp->entry[j], start - 1);
+    mark_kept(a, layer, kv_head, m, b, n, tmp);
+
+    int n_fold = 0, n_kept = 0, *entry = tmp->entry;
+    for (int j = 0; j < n; j++)
+        if (!tmp->keep[j]) read_entry(a, m, entry[j], n_fold++, tmp);
+    float forget = forgetting(a, memory_folded(a, start - 1), memory_folded(a, start));
+    if (n_fold) fold(a, layer, kv_head, m, n_fold, forget, tmp);
+
+    if (b == 2)
+        for (int i = 0; i < l->sinks; i++) move_entry(a, m, i, l->sinks + l->cache + i);
+    for (int j = 0; j < n; j++)
+        if (tmp->keep[j]) {
+            move_entry(a, m, l->sinks + n_kept, entry[j]); /* never past an entry that is still to move */
+            m->positions[n_kept++] = tmp->position[j];
+        }
+    for (int i = n_kept; i < l->cache; i++) m->positions[i] = -1;
+
+    for (int e = 0; e < l->sinks + n_kept; e++) {
+        int64_t key = memory_entry_position(a, m, e, start);
+        bool was = key < start - 2 * w && memory_clamped(a, key, start - w);
+        if (memory_clamped(a, key, start) && !was) copy_column(a, m->turned, e, m->keys, e);
+    }
+}
+
+/* Sliding windows: the key that the row at position pushes out becomes a sink entry or is folded. */
+static void leave_window(const struct attention *a, int layer, int kv_head, struct memory *m, int64_t position, struct scratch *tmp) {
+    const struct layout *l = &a->layout;
+    int64_t w = a->config.window_size, key = position - w;
+    int place = l->sinks + (int)(position % w);
+    if (key >= 0 && key < l->sinks) {
+        move_entry(a, m, (int)key, place);
+    } else if (key >= 0) {
+        read_entry(a, m, place, 0, tmp);
+        fold(a, layer, kv_head, m, 1, forgetting(a, memory_folded(a, position - 1), memory_folded(a, position)), tmp);
+    }
+    for (int e = 0; e < l->sinks && e <= key; e++) {
+        bool was = e < key && memory_clamped(a, e, position - 1);
+        if (memory_clamped(a, e, position) && !was) copy_column(a, m->turned, e, m->keys, e);
+    }
+}
+
+/* No window: the row's own key goes into the state at once, by way of the one entry there is, which rounds it. */
+static void fold_own(const struct layer_job *job, int row, int kv_head, struct memory *m, int64_t position, struct scratch *tmp) {
+    const struct attention *a = job->a;
+    write_entry(job, m, 0, row, kv_head, tmp);
+    read_entry(a, m, 0, 0, tmp);
+    fold(a, job->layer, kv_head, m, 1, forgetting(a, position, position + 1), tmp);
+}
+
+void memory_append(const struct layer_job *job, const struct segment *segment, int kv_head, struct scratch *tmp) {
+    const struct attention *a = job->a;
+    const struct layout *l = &a->layout;
+    struct memory m = memory_of(a, a->runs[segment->run].slot, job->layer, kv_head);
+    bool hedgehog = a->config.kind == ATTENTION_HEDGEHOG;
+    enum window_rule rule = a->config.window;
+    int w = a->config.window_size;
+    if (hedgehog && rule == WINDOW_TERRACED && segment->position % w == 0)
+        begin_block(a, job->layer, kv_head, &m, segment->position / w, tmp);
+    for (int r = 0; r < segment->n_rows; r++) {
+        int row = segment->first_row + r;
+        int64_t position = segment->position + r;
+        if (hedgehog && rule == WINDOW_NONE) {
+            fold_own(job, row, kv_head, &m, position, tmp);
+            continue;
+        }
+        if (hedgehog && rule == WINDOW_SLIDING) leave_window(a, job->layer, kv_head, &m, position, tmp);
+        write_entry(job, &m, l->sinks + l->cache + (int)(position % l->ring), row, kv_head, tmp);
+    }
+}
+
+bool memory_scores_in(const struct attention *a, int layer, const struct segment *segment) {
+    const struct attention_config *c = &a->config;
+    if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED || !c->cache_size) return false;
+    int64_t w = c->window_size, next = segment->position / w + 1;
+    /* candidates of block next: less than or as many as fit are kept unseen */
+    if ((next - 1) * w - c->sinks <= c->cache_size || imposed_set(a, layer, 0, next)) return false;
+    int64_t row = layer * w / a->n_layers - segment->position % w;
+    return row >= 0 && row < segment->n_rows;
+}
+
+void memory_score_next(const struct attention *a, int layer, const struct segment *segment, int kv_head, struct scratch *tmp) {
+    struct memory m = memory_of(a, a->runs[segment->run].slot, layer, kv_head);
+    int64_t next = segment->position / a->config.window_size + 1;
+    int n = candidates(a, &m, next, tmp->entry);
+    if (n <= a->config.cache_size) return; /* an imposed set was small */
+    self_recall(a, layer, kv_head, &m, tmp->entry, n, m.scores, tmp);
+    *m.scored = next;
+}
+
+/* ---- looking in, for evaluation and tests ---- */
+
+void attention_set_linear(struct attention *a, bool on) { a->linear_off = on ? 0 : -60; }
+
+void attention_impose_cache(struct attention *a, const int64_t *sets, int n_blocks) {
+    a->imposed = sets;
+    a->imposed_blocks = n_blocks;
+}
+
+int attention_cache_positions(const struct attention *a, const void *slot, int layer, int kv_head, int64_t *out) {
+    struct memory m = memory_of(a, slot, layer, kv_head);
+    int n = memory_cached(a, &m);
+    for (int i = 0; i < n; i++) out[i] = m.positions[i];
+    return n;
+}
+
+int attention_cache_scores(const struct attention *a, const void *slot, int layer, int kv_head, int64_t *positions, float *errors) {
+    struct memory m = memory_of(a, slot, layer, kv_head);
+    struct scratch *tmp = a->scratch;
+    int64_t position = slot_header(slot)->position, b = position / a->config.window_size;
+    if (b < 2) return 0;
+    int n = candidates(a, &m, b, tmp->entry);
+    for (int j = 0; j < n; j++) positions[j] = memory_entry_position(a, &m, tmp->entry[j], position - 1);
+    self_recall(a, layer, kv_head, &m, tmp->entry, n, errors, tmp);
+    return n;
+}
