@@ -44,7 +44,7 @@ static const char *const command_help[] = {
     "serve a model over HTTP with OpenAI's API",
     "print a streamed answer, or chat on the terminal",
     "print a model's architecture, attention, slot size and capacity",
-    "measure quality: perplexity, agreement with another model, recall of facts",
+    "measure quality: perplexity, agreement with another model, recall",
     "measure speed: prefill and decode by depth and batch",
 };
 enum { N_COMMANDS = 5 };
@@ -282,27 +282,41 @@ static enum err set(struct settings *s, const struct row *row, const char *text,
 
 /* ---- names ---- */
 
+/* "serve, run" */
+static void command_list(char *out, size_t len, int commands) {
+    size_t n = 0;
+    out[0] = 0;
+    for (int c = 0; c < N_COMMANDS && n < len; c++)
+        if (commands & 1 << c)
+            n += (size_t)snprintf(out + n, len - n, "%s%s", n ? ", " : "", command_names[c]);
+}
+
 static const struct row *find(const char *name, size_t len) {
     for (int i = 0; i < N_ROWS; i++)
         if (!strncmp(rows[i].name, name, len) && !rows[i].name[len]) return &rows[i];
     return NULL;
 }
 
-/* Levenshtein distance; names are short. */
+/* Edits that turn a into b: inserted, dropped, changed or swapped letters (optimal string alignment).  Names are short. */
 static int distance(const char *a, size_t n, const char *b) {
     enum { LONGEST = 40 };
-    int row[LONGEST + 1];
-    int m = (int)strlen(b);
+    int lines[3][LONGEST + 1], *before = lines[0], *above = lines[1], *row = lines[2];
+    size_t m = strlen(b);
     if (m > LONGEST || n > LONGEST) return INT_MAX;
-    for (int j = 0; j <= m; j++) row[j] = j;
+    for (size_t j = 0; j <= m; j++) row[j] = (int)j;
     for (size_t i = 1; i <= n; i++) {
-        int diagonal = row[0];
+        int *spare = before;
+        before = above;
+        above = row;
+        row = spare;
         row[0] = (int)i;
-        for (int j = 1; j <= m; j++) {
-            int best = diagonal + (a[i - 1] != b[j - 1]);
-            if (row[j] + 1 < best) best = row[j] + 1;
+        for (size_t j = 1; j <= m; j++) {
+            int best = above[j - 1] + (a[i - 1] != b[j - 1]);
+            if (above[j] + 1 < best) best = above[j] + 1;
             if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
-            diagonal = row[j];
+            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] &&
+                before[j - 2] + 1 < best)
+                best = before[j - 2] + 1;
             row[j] = best;
         }
     }
@@ -418,6 +432,7 @@ static enum err read_environment(struct settings *s, char *msg, size_t msg_len) 
 static enum err unknown_flag(const char *flag, size_t len, enum command command, char *msg,
                              size_t msg_len) {
     const char *near = nearest(flag, len, command);
+    if (!near) near = nearest(flag, len, COMMAND_NONE);
     return err_set(msg, msg_len, ERR_ARG, "there is no flag --%.*s%s%s%s", (int)len, flag,
                    near ? "; did you mean --" : "", near ? near : "", near ? "?" : "");
 }
@@ -436,12 +451,8 @@ static enum err read_flag(struct settings *s, int argc, char **argv, int *i, cha
     }
     if (!row) return unknown_flag(flag, len, s->command, msg, msg_len);
     if (s->command != COMMAND_NONE && !(row->commands & 1 << s->command)) {
-        char owners[64] = "";
-        for (int c = 0; c < N_COMMANDS; c++)
-            if (row->commands & 1 << c) {
-                strcat(owners, *owners ? ", " : "");
-                strcat(owners, command_names[c]);
-            }
+        char owners[64];
+        command_list(owners, sizeof owners, row->commands);
         return err_set(msg, msg_len, ERR_ARG, "--%s is not a flag of 'urchin %s' (it belongs to %s)",
                        row->name, command_names[s->command], owners);
     }
@@ -656,7 +667,9 @@ static void markdown_escaped(FILE *out, const char *text) {
     for (; *text; text++) fprintf(out, *text == '|' ? "\\|" : "%c", *text);
 }
 
-static void markdown_rows(FILE *out, const char *title, int commands) {
+static void markdown_rows(FILE *out, int commands) {
+    char title[64] = "Every command";
+    if (commands != ALL) command_list(title, sizeof title, commands);
     fprintf(out, "\n## %s\n\n| flag | variable | default | meaning |\n| --- | --- | --- | --- |\n",
             title);
     for (int i = 0; i < N_ROWS; i++) {
@@ -686,16 +699,9 @@ void settings_markdown(FILE *out) {
             "by `--config FILE` or `URCHIN_CONFIG` (`#` begins a comment; quotes keep spaces and `#`). A flag\n"
             "wins over a variable, that over the file. Sizes are written `512K`, `8M`, `2G`. A switch is given\n"
             "as `--name` or `--no-name`, elsewhere as yes or no. This page is written by the program.\n");
-    static const struct { const char *title; int commands; } groups[] = {
-        {"Every command", ALL},
-        {"serve", SERVE},
-        {"serve, run, info, bench", SERVE | RUN | INFO | BENCH},
-        {"serve, run, bench", SERVE | RUN | BENCH},
-        {"run", RUN},
-        {"eval", EVAL},
-        {"bench", BENCH},
-        {"info, eval, bench", INFO | EVAL | BENCH},
-    };
-    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++)
-        markdown_rows(out, groups[i].title, groups[i].commands);
+    for (int i = 0; i < N_ROWS; i++) { /* one section for each set of commands, where it first occurs */
+        int j = 0;
+        while (rows[j].commands != rows[i].commands) j++;
+        if (j == i) markdown_rows(out, rows[i].commands);
+    }
 }
