@@ -14,40 +14,35 @@ void bpe_scratch_free(struct bpe_scratch *s) {
     free(s->heap);
 }
 
-static bool before(const struct candidate *a, const struct candidate *b) {
-    return a->rank != b->rank ? a->rank < b->rank : a->left < b->left;
-}
-
-static void sift_down(struct candidate *heap, size_t n, size_t i) {
-    struct candidate moving = heap[i];
+static void sift_down(uint64_t *heap, size_t n, uint64_t key) { /* from the root, which is free */
+    size_t i = 0;
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && before(&heap[child + 1], &heap[child])) child++;
-        if (!before(&heap[child], &moving)) break;
+        if (child + 1 < n && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= key) break;
         heap[i] = heap[child];
     }
-    heap[i] = moving;
+    heap[i] = key;
 }
 
-static void push(struct bpe_scratch *s, struct candidate c) {
+static void push(struct bpe_scratch *s, uint64_t key) {
     size_t i = s->n_heap++;
-    for (; i > 0 && before(&c, &s->heap[(i - 1) / 2]); i = (i - 1) / 2)
+    for (; i > 0 && key < s->heap[(i - 1) / 2]; i = (i - 1) / 2)
         s->heap[i] = s->heap[(i - 1) / 2];
-    s->heap[i] = c;
+    s->heap[i] = key;
 }
 
-/* The candidate at symbol left, if it and the next one merge. */
-static bool candidate_at(const struct tokenizer *t, const struct bpe_scratch *s, int32_t left,
-                         struct candidate *c) {
-    int32_t right = s->symbols[left].next;
-    if (right < 0) return false;
-    const struct merge *m = merges_find(t, s->symbols[left].id, s->symbols[right].id);
-    if (!m) return false;
-    *c = (struct candidate){m->rank, (uint32_t)left, m->left, m->right, m->result};
-    return true;
+/* Finds out how symbol i merges with the next one, and puts it on the heap if it does. */
+static void propose(const struct tokenizer *t, struct bpe_scratch *s, int32_t i) {
+    struct symbol *left = &s->symbols[i];
+    const struct merge *m =
+        left->next < 0 ? NULL : merges_find(t, left->id, s->symbols[left->next].id);
+    left->result = m ? m->result : -1;
+    left->rank = m ? m->rank : 0;
+    if (m) push(s, (uint64_t)m->rank << 32 | (uint32_t)i);
 }
 
 static void add_symbol(struct bpe_scratch *s, size_t *n, int32_t id) {
-    s->symbols[*n] = (struct symbol){id, (int32_t)*n - 1, (int32_t)*n + 1};
+    s->symbols[*n] = (struct symbol){id, (int32_t)*n - 1, (int32_t)*n + 1, -1, 0};
     ++*n;
 }
 
@@ -102,7 +97,7 @@ static bool reserve(struct bpe_scratch *s, size_t n) {
     /* A merge takes one candidate off and puts at most two on, and there are fewer than n of them.
      */
     if (2 * n > s->heap_cap) {
-        struct candidate *p = realloc(s->heap, 2 * n * sizeof *p);
+        uint64_t *p = realloc(s->heap, 2 * n * sizeof *p);
         if (!p) return false;
         s->heap = p;
         s->heap_cap = 2 * n;
@@ -126,25 +121,21 @@ bool bpe_word(const struct tokenizer *t, struct bpe_scratch *s, const char *word
 
     s->n_heap = 0;
     for (size_t i = 0; i + 1 < n; i++)
-        if (candidate_at(t, s, (int32_t)i, &s->heap[s->n_heap])) s->n_heap++;
-    for (size_t i = s->n_heap / 2; i-- > 0;)
-        sift_down(s->heap, s->n_heap, i);
-
+        propose(t, s, (int32_t)i);
     while (s->n_heap) {
-        struct candidate c = s->heap[0];
-        s->heap[0] = s->heap[--s->n_heap];
-        if (s->n_heap) sift_down(s->heap, s->n_heap, 0);
+        uint64_t key = s->heap[0];
+        int32_t i = (int32_t)(uint32_t)key;
+        if (--s->n_heap) sift_down(s->heap, s->n_heap, s->heap[s->n_heap]);
 
-        struct symbol *left = &s->symbols[c.left];
-        if (left->id != c.left_id || left->next < 0) continue; /* a symbol merged away has id -1 */
+        struct symbol *left = &s->symbols[i];
+        if (left->result < 0 || left->rank != key >> 32) continue; /* stale */
         struct symbol *right = &s->symbols[left->next];
-        if (right->id != c.right_id) continue;
-        left->id = c.result;
-        right->id = -1;
+        left->id = left->result;
         left->next = right->next;
-        if (right->next >= 0) s->symbols[right->next].prev = (int32_t)c.left;
-        if (left->prev >= 0 && candidate_at(t, s, left->prev, &c)) push(s, c);
-        if (candidate_at(t, s, (int32_t)(left - s->symbols), &c)) push(s, c);
+        right->result = -1;
+        if (left->next >= 0) s->symbols[left->next].prev = i;
+        if (left->prev >= 0) propose(t, s, left->prev);
+        propose(t, s, i);
     }
     for (int32_t i = 0; i >= 0; i = s->symbols[i].next)
         if (!id_list_add(ids, s->symbols[i].id)) return false;

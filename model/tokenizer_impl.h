@@ -186,18 +186,15 @@ const struct merge *merges_find(const struct tokenizer *t, int32_t left,
 /* ---- tokenizer_bpe.c ---- */
 
 struct symbol {
-    int32_t id, prev, next;
-};
-
-struct candidate { /* a merge that could be made at symbol left */
-    uint32_t rank, left;
-    int32_t left_id, right_id, result;
+    int32_t id, prev, next; /* neighbours; -1: none */
+    int32_t result;         /* what it and the next one merge into; -1: they do not */
+    uint32_t rank;
 };
 
 struct bpe_scratch { /* owned by one call */
     struct symbol *symbols;
     size_t symbols_cap;
-    struct candidate *heap;
+    uint64_t *heap; /* rank << 32 | symbol, least first */
     size_t n_heap, heap_cap;
 };
 void bpe_scratch_free(struct bpe_scratch *s);

@@ -21,19 +21,43 @@ const char split_qwen2[] = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\
  * character class. */
 enum { MATCH_LIMIT = 10000000, JIT_STACK_MIN = 32 << 10, JIT_STACK_MAX = 1 << 20 };
 
+/* PCRE2's \s takes U+180E for a space; Unicode since 6.3, and the engine that the files' patterns
+ * were written for, do not.  Appends pattern with \s and \S spelled as the property they stand for.
+ */
+static bool spell_spaces(struct bytes *out, const char *pattern, size_t len) {
+    for (size_t i = 0; i < len; i++) {
+        bool escape = pattern[i] == '\\' && i + 1 < len;
+        const char *property = !escape                 ? NULL
+                               : pattern[i + 1] == 's' ? "\\p{White_Space}"
+                               : pattern[i + 1] == 'S' ? "\\P{White_Space}"
+                                                       : NULL;
+        bool ok = property ? bytes_add(out, property, strlen(property))
+                           : bytes_add(out, pattern + i, escape ? 2 : 1);
+        if (!ok) return false;
+        i += escape;
+    }
+    return true;
+}
+
 enum err pattern_compile(pcre2_code **out, const char *pattern, size_t len, bool literal,
                          const char *name, char *msg, size_t msg_len) {
     int error;
     PCRE2_SIZE at;
     uint32_t options = PCRE2_UTF | (literal ? PCRE2_LITERAL : PCRE2_UCP);
-    pcre2_code *code = pcre2_compile((PCRE2_SPTR)pattern, len, options, &error, &at, NULL);
+    struct bytes spelled = {0};
+    if (!(literal ? bytes_add(&spelled, pattern, len) : spell_spaces(&spelled, pattern, len))) {
+        free(spelled.data);
+        return ERR_NOMEM;
+    }
+    pcre2_code *code =
+        pcre2_compile((PCRE2_SPTR)spelled.data, spelled.len, options, &error, &at, NULL);
+    free(spelled.data);
     if (!code && error == PCRE2_ERROR_HEAP_FAILED) return ERR_NOMEM;
     if (!code) {
         char why[128];
         pcre2_get_error_message(error, (PCRE2_UCHAR *)why, sizeof why);
-        return err_set(msg, msg_len, ERR_FORMAT,
-                       "%s: the pattern \"%.*s\" is wrong at byte %zu: %s", name,
-                       len < 200 ? (int)len : 200, pattern, (size_t)at, why);
+        return err_set(msg, msg_len, ERR_FORMAT, "%s: the pattern \"%.*s\" is wrong: %s", name,
+                       len < 200 ? (int)len : 200, pattern, why);
     }
     pcre2_jit_compile(code, PCRE2_JIT_COMPLETE); /* where there is no JIT the interpreter matches */
     *out = code;
