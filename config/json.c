@@ -53,7 +53,8 @@ static const char *find_fault(const char *text, size_t len, size_t *at) {
             depth--;
         }
     }
-    return NULL;
+    *at = len;
+    return in_string ? "a string that does not end" : NULL;
 }
 
 /* text[len] is NUL: cJSON before 1.7.18 reads one byte past an unterminated text. */
