@@ -1,6 +1,7 @@
 /* test_eval.c - scores against naive arithmetic, windows against their definition, readings against
  * one token at a time. */
 #include "config/json.h"
+#include "config/log.h"
 #include "convert/eval.h"
 #include "convert/passkey.h"
 #include "convert/reading.h"
@@ -441,6 +442,7 @@ static void test_wrong_requests_earn_one_sentence(void **state) {
 }
 
 int main(void) {
+    log_configure(LOG_WARN, false);
     if (team_new(&team, 2)) return 1;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_loss_and_divergence_equal_the_naive_sums),

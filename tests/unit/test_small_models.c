@@ -51,49 +51,53 @@ static void greedy(struct model *m, int slot, int32_t *ids, int n_prompt, int n)
     }
 }
 
-static void check_story(const char *path, int weights, int n, const char *story) {
+/* Greedy from "Once upon a time", until the text is at least as long as the story. */
+static void check_story(const char *path, int weights, const char *story) {
     struct model *m = open_model(path, weights);
     const struct tokenizer *t = model_tokenizer(m);
     static const char prompt[] = "Once upon a time";
+    enum { MORE = 80 }; /* a token is at least a letter */
     int32_t *begin, ids[256];
     size_t n_begin, len;
     assert_int_equal(tokenize(t, prompt, strlen(prompt), TOKENIZE_ADD_BOS_EOS, &begin, &n_begin),
                      OK);
-    assert_true(n_begin + (size_t)n <= 256);
+    assert_true(n_begin + MORE <= 256);
     memcpy(ids, begin, n_begin * sizeof *ids);
     free(begin);
     assert_int_equal(ids[0], 1);
-    greedy(m, 0, ids, (int)n_begin, n);
+    greedy(m, 0, ids, (int)n_begin, MORE);
     char *text;
-    assert_int_equal(detokenize(t, ids, n_begin + (size_t)n, false, true, &text, &len), OK);
+    assert_int_equal(detokenize(t, ids, n_begin + MORE, false, true, &text, &len), OK);
+    assert_true(len >= strlen(story));
+    text[strlen(story)] = 0;
     assert_string_equal(text, story);
     free(text);
     model_close(m);
 }
 
+static const char park[] =
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+    "One day, she saw a big, red ball.";
+static const char sunshine[] = "Once upon a time, there was a little girl named Lily. She loved to "
+                               "play outside in the sunshine.";
+
 static void test_stories260k_tells_its_story(void **state) {
     (void)state;
-    static const char story[] = "Once upon a time, there was a little girl named Lily. She loved "
-                                "to play outside in the park. "
-                                "One day, she saw a big, red ball.";
-    check_story("tests/data/models/stories260k", WEIGHT_FP32, 45, story);
+    check_story("tests/data/models/stories260k", WEIGHT_FP32, park);
 }
 
 static void test_babyllama_tells_its_story_letter_by_letter(void **state) {
     (void)state;
-    static const char story[] =
-        "Once upon a time, there was a little girl named Lily. She loved to play "
-        "outside in the sunshine.";
-    int n = (int)(strlen(story) - strlen("Once upon a time")); /* a token is a letter */
-    check_story("tests/data/models/babyllama-105", WEIGHT_FP32, n, story);
+    check_story("tests/data/models/babyllama-105", WEIGHT_FP32, sunshine);
 }
 
-/* Rounding weights to 16 bits must not change a story told with confidence. */
-static void test_bf16_weights_tell_the_same_story(void **state) {
+/* Rounding weights to 16 or 8 bits must not change stories told with confidence. */
+static void test_rounded_weights_tell_the_same_stories(void **state) {
     (void)state;
-    check_story(
-        "tests/data/models/babyllama-105", WEIGHT_BF16, 80,
-        "Once upon a time, there was a little girl named Lily. She loved to play outside in the s");
+    check_story("tests/data/models/babyllama-105", WEIGHT_BF16, sunshine);
+    check_story("tests/data/models/babyllama-105", WEIGHT_INT8, sunshine);
+    check_story("tests/data/models/stories260k", WEIGHT_BF16, park);
+    check_story("tests/data/models/stories260k", WEIGHT_INT8, park);
 }
 
 /* Logits within 2e-5 of PyTorch's: values up to 5, three blocks of fp32 sums of at most 192 terms,
@@ -178,7 +182,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_stories260k_tells_its_story),
         cmocka_unit_test(test_babyllama_tells_its_story_letter_by_letter),
-        cmocka_unit_test(test_bf16_weights_tell_the_same_story),
+        cmocka_unit_test(test_rounded_weights_tell_the_same_stories),
         cmocka_unit_test(test_gpt_nano_sort_has_pytorchs_logits_and_probabilities),
         cmocka_unit_test(test_gpt_nano_sort_sorts_letters),
         cmocka_unit_test(test_learned_positions_end_with_the_context),
