@@ -23,6 +23,7 @@ struct model {
 
     char *slots; /* [n_slots] blocks of slot_stride bytes, one mapping */
     size_t slot_stride;
+    bool *slot_ready; /* [n_slots]: cleared since it was last given back */
 
     /* scratch of a step */
     int max_rows, max_logits, max_runs;

@@ -223,18 +223,11 @@ static enum err size_slots(struct opening *o) {
     return OK;
 }
 
-static void clear_slots(void *arg, int thread, int n_threads) {
-    struct model *m = arg;
-    for (int slot = thread; slot < m->info.n_slots; slot += n_threads)
-        model_slot_clear(m, slot);
-}
-
 static enum err take_slots(struct opening *o) {
     struct model *m = o->m;
     m->slots = memory_map((size_t)m->info.n_slots * m->slot_stride);
-    if (!m->slots) return no_memory(o);
-    team_run(m->team, clear_slots, m); /* touches the pages that every sequence needs */
-    return OK;
+    m->slot_ready = calloc((size_t)m->info.n_slots, sizeof *m->slot_ready);
+    return m->slots && m->slot_ready ? OK : no_memory(o);
 }
 
 /* ---- the rest ---- */
@@ -399,9 +392,10 @@ void model_close(struct model *m) {
     tokenizer_free(m->tokenizer);
     memory_unmap(m->slots, (size_t)m->info.n_slots * m->slot_stride);
     matmul_scratch_free(m->scratch);
-    void *blocks[] = {m->name,   m->base_path, m->eos_ids,    m->runs, m->slot_step,
-                      m->tokens, m->positions, m->logit_rows, m->x,    m->normed,
-                      m->delta,  m->qkv,       m->y,          m->ffn,  m->logits};
+    void *blocks[] = {m->name,       m->base_path, m->eos_ids, m->slot_ready,
+                      m->runs,       m->slot_step, m->tokens,  m->positions,
+                      m->logit_rows, m->x,         m->normed,  m->delta,
+                      m->qkv,        m->y,         m->ffn,     m->logits};
     for (size_t i = 0; i < sizeof blocks / sizeof blocks[0]; i++)
         free(blocks[i]);
     free(m);
@@ -418,27 +412,36 @@ const struct chat *model_chat(const struct model *m) {
 }
 
 /* ---- slots ---- */
-static const void *slot_at(const struct model *m, int slot) {
-    return m->slots + (size_t)slot * m->slot_stride;
+/* Slots are cleared when first used: touching them all took longer at start than everything else
+ * together. */
+static void *slot_at(const struct model *m, int slot) {
+    void *at = m->slots + (size_t)slot * m->slot_stride;
+    if (!m->slot_ready[slot]) {
+        attention_slot_clear(m->attention, at);
+        m->slot_ready[slot] = true;
+    }
+    return at;
 }
 
 struct attention *model_attention(struct model *m) {
     return m->attention;
 }
 void *model_slot(struct model *m, int slot) {
-    return m->slots + (size_t)slot * m->slot_stride;
+    return slot_at(m, slot);
 }
 
 void model_slot_clear(struct model *m, int slot) {
-    attention_slot_clear(m->attention, model_slot(m, slot));
+    m->slot_ready[slot] = false;
 }
 
 void model_slot_copy(struct model *m, int dst, int src) {
-    if (dst != src) attention_slot_copy(m->attention, model_slot(m, dst), slot_at(m, src));
+    if (dst == src) return;
+    attention_slot_copy(m->attention, m->slots + (size_t)dst * m->slot_stride, slot_at(m, src));
+    m->slot_ready[dst] = true;
 }
 
 int64_t model_slot_position(const struct model *m, int slot) {
-    return attention_slot_position(m->attention, slot_at(m, slot));
+    return m->slot_ready[slot] ? attention_slot_position(m->attention, slot_at(m, slot)) : 0;
 }
 
 size_t model_slot_state_bytes(const struct model *m, int slot) {
@@ -451,5 +454,7 @@ void model_slot_save(const struct model *m, int slot, void *out) {
 
 enum err model_slot_load(struct model *m, int slot, const void *state, size_t bytes, char *msg,
                          size_t msg_len) {
-    return attention_state_load(m->attention, model_slot(m, slot), state, bytes, msg, msg_len);
+    enum err e = attention_state_load(m->attention, slot_at(m, slot), state, bytes, msg, msg_len);
+    if (e) m->slot_ready[slot] = false; /* whatever was half loaded */
+    return e;
 }
