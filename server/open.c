@@ -1,0 +1,109 @@
+/* open.c - which model, and how it is opened. */
+#include "server/open.h"
+
+#include "model/converted.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static const char good_model[] = "smollm2-135m-hedgehog", small_model[] = "stories260k-hedgehog";
+
+/* dir/name/urchin.json exists. */
+static bool has_model(char *path, size_t path_len, const char *dir, const char *name) {
+    char file[MAX_PATH];
+    if ((size_t)snprintf(path, path_len, "%s/%s", dir, name) >= path_len ||
+        (size_t)snprintf(file, sizeof file, "%s/urchin.json", path) >= sizeof file)
+        return false;
+    return access(file, R_OK) == 0;
+}
+
+/* The first of the models folders that has it. */
+static bool find_model(char *path, size_t path_len, const char *name) {
+    char exe[MAX_PATH], beside[MAX_PATH + 16];
+    ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
+    const char *named = getenv("URCHIN_MODELS");
+    if (n > 0) {
+        exe[n] = 0;
+        for (int i = 0; i < 2 && strrchr(exe, '/'); i++) *strrchr(exe, '/') = 0;
+        snprintf(beside, sizeof beside, "%s/models", exe);
+        if (has_model(path, path_len, beside, name)) return true;
+    }
+    return (named && *named && has_model(path, path_len, named, name)) ||
+           has_model(path, path_len, "/usr/share/urchin/models", name);
+}
+
+/* An adapter is of use only with its base. */
+static bool base_is_here(const char *folder, char *why, size_t why_len) {
+    struct converted *c = NULL;
+    char *base = NULL;
+    bool found = converted_open(&c, folder, why, why_len) == OK &&
+                 converted_find_base(c, folder, &base, why, why_len) == OK;
+    free(base);
+    converted_close(c);
+    return found;
+}
+
+enum err default_model(char *path, size_t path_len, const struct settings *settings, char *msg,
+                       size_t msg_len) {
+    char why[512] = "it is not among the models here";
+    if (find_model(path, path_len, good_model) &&
+        (settings->base || base_is_here(path, why, sizeof why)))
+        return OK;
+    if (find_model(path, path_len, small_model)) {
+        fprintf(stderr, "urchin: the default model %s cannot be used (%s); using the small model %s\n", good_model, why, small_model);
+        return OK;
+    }
+    return err_set(msg, msg_len, ERR_IO,
+                   "no model was named and there is no default one in ../models beside the program, $URCHIN_MODELS or /usr/share/urchin/models");
+}
+
+struct step_bounds step_bounds(const struct settings *settings, int n_slots) {
+    enum { BY_MEMORY_AT_MOST = 256, SCORED_ROWS = 64 };
+    int n = n_slots ? n_slots : BY_MEMORY_AT_MOST;
+    int scored = settings->prefill_chunk < SCORED_ROWS ? settings->prefill_chunk : SCORED_ROWS;
+    return (struct step_bounds){.rows = n + settings->prefill_chunk, .logits = n + scored};
+}
+
+static int weights_named(const char *name) {
+    for (int type = WEIGHT_FP32; type <= WEIGHT_INT4; type++)
+        if (strcmp(name, weight_type_name((enum weight_type)type)) == 0) return type;
+    return WEIGHTS_AUTO;
+}
+
+enum err open_model(struct model **out, const struct settings *s, int n_slots, struct team *team,
+                    void (*progress)(void *arg, const char *what, double fraction), char *msg,
+                    size_t msg_len) {
+    struct step_bounds bounds = step_bounds(s, n_slots);
+    struct model_options o;
+    model_options_init(&o);
+    o.path = s->model;
+    o.base = s->base;
+    o.weights = weights_named(s->weights);
+    o.kv_type = strcmp(s->kv_type, "fp32") == 0 ? KV_FP32 : KV_BF16;
+    o.max_seq_len = s->max_seq_len;
+    o.max_rows = bounds.rows;
+    o.max_logits = bounds.logits;
+    o.n_slots = n_slots;
+    o.memory_budget = (size_t)s->memory_mb << 20;
+    o.cache_size = s->cache_size;
+    o.cache_recent = s->cache_recent;
+    o.cache_age = s->cache_age;
+    o.max_distance = s->max_distance;
+    o.horizon = s->horizon;
+    o.chat_template = s->chat_template;
+    o.team = team;
+    o.progress = progress;
+    return model_open(out, &o, msg, msg_len);
+}
+
+void show_progress(void *arg, const char *what, double fraction) {
+    static int shown = -1; /* one model is opened at a time */
+    int percent = (int)(fraction * 100);
+    (void)arg;
+    if (!isatty(STDERR_FILENO) || percent == shown) return;
+    shown = percent;
+    fprintf(stderr, "\r\033[K%s %d %%", what, percent);
+    if (percent >= 100) fputs("\r\033[K", stderr);
+}
