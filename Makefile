@@ -1,12 +1,18 @@
-# Urchin: `make` builds build/urchin; `make help` lists the rest.
+# Urchin: `make run` serves the default model, `make help` lists the rest.
 BUILD  ?= build
-CC     ?= gcc
+CC      = gcc
+PREFIX ?= /usr/local
 OPT    ?= -O2
 CFLAGS  = -std=c17 -D_GNU_SOURCE $(OPT) -g -Wall -Wextra -Wshadow -fno-math-errno -pthread -I. $(SAN)
 LDFLAGS = -pthread $(SAN)
 LIBS    = -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lm
 JEMALLOC = $(if $(SAN),,-ljemalloc)
 ARCH   := $(shell uname -m)
+
+# Debian packages that each job needs; deploy/setup installs those that are missing.
+BUILD_PACKAGES = gcc libc6-dev libmicrohttpd-dev libcjson-dev libjemalloc-dev libpcre2-dev libutf8proc-dev
+RUN_PACKAGES   = $(BUILD_PACKAGES) python3-pip
+TEST_PACKAGES  = $(RUN_PACKAGES) libcmocka-dev
 
 LAYERS   = config compute attention model scheduler convert server
 KERNELS  = compute/kernels.c attention/kernels.c
@@ -17,14 +23,19 @@ ISAS     = generic $(if $(filter x86_64,$(ARCH)),avx2 avx512)
 ISA_generic = -DISA=generic
 ISA_avx2    = -DISA=avx2 -mavx2 -mfma -mf16c
 ISA_avx512  = -DISA=avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c -mprefer-vector-width=512
-KERNEL_OPT  = -O3 -ffp-contract=off -Wno-psabi
+KERNEL_OPT  = -O3 -ffp-contract=fast -Wno-psabi
 
 OBJECTS  = $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(MAIN),$(SOURCES))) \
            $(foreach i,$(ISAS),$(patsubst %.c,$(BUILD)/%.$i.o,$(wildcard $(KERNELS))))
 LIB      = $(BUILD)/liburchin.a
-TESTS    = $(patsubst tests/unit/%.c,$(BUILD)/tests/%,$(wildcard tests/unit/test_*.c))
+UNIT     = $(wildcard tests/unit/test_*.c)
+TESTS    = $(patsubst tests/unit/%.c,$(BUILD)/tests/%,$(UNIT))
+TESTED   = $(TESTS) $(BUILD)/urchin $(BUILD)/docs/settings
+FUZZERS  = $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 
 all: $(BUILD)/urchin
+
+# ---- building ----
 
 $(BUILD)/urchin: $(BUILD)/server/main.o $(LIB)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(JEMALLOC)
@@ -44,17 +55,86 @@ $(BUILD)/%.$1.o: %.c
 endef
 $(foreach i,$(ISAS),$(eval $(call kernel_rule,$i)))
 
-$(BUILD)/tests/%: tests/unit/%.c $(LIB)
-	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $@ $< $(LIB) -lcmocka $(LIBS)
+$(BUILD)/server/page.o: server/page.html
+
+define program_rule # folder in BUILD, folder of its source, what it links besides
+$(BUILD)/$1/%: $2/%.c $(LIB)
+	@mkdir -p $$(@D)
+	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $$@ $$< $(LIB) $3 $(LIBS)
+endef
+$(eval $(call program_rule,tests,tests/unit,-lcmocka))
+$(eval $(call program_rule,fuzz,tests/fuzz,-fsanitize=fuzzer))
+$(eval $(call program_rule,bench,bench,))
+$(eval $(call program_rule,docs,docs,))
+
+docs/settings.md: $(BUILD)/docs/settings
+	$< > $@.new && mv $@.new $@
 
 tests: $(TESTS)
+docs: docs/settings.md
 
-format:
-	clang-format -i $(foreach d,$(LAYERS) tests,$(shell find $d -name '*.[ch]'))
+# ---- using ----
 
-clean:
+run: ## build, fetch the default model and serve it: make run [MODEL=...] [ARGS="--port 9000"]
+	@deploy/setup $(RUN_PACKAGES)
+	@$(MAKE) --no-print-directory $(BUILD)/urchin
+	@[ "$(MODEL)" ] || deploy/fetch-model || true
+	@exec $(BUILD)/urchin serve $(MODEL) $(ARGS)
+
+model: ## fetch the default model's base
+	@deploy/setup python3-pip
+	@deploy/fetch-model
+
+install: $(BUILD)/urchin ## install the program and the embedded models under PREFIX (/usr/local)
+	install -D -m 755 $< $(DESTDIR)$(PREFIX)/bin/urchin
+	for f in models/*/*; do install -D -m 644 $$f $(DESTDIR)$(PREFIX)/share/urchin/$$f || exit; done
+
+# ---- checking ----
+
+test: ## all tests; the last line counts them
+	@deploy/setup $(TEST_PACKAGES)
+	@deploy/fetch-model || true
+	@$(MAKE) --no-print-directory $(TESTED)
+	@tests/run $(TESTED)
+
+asan: ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(MAKE) --no-print-directory test BUILD=$(BUILD)-asan \
+	    SAN="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+tsan: ## the tests of what has threads under ThreadSanitizer
+	@$(MAKE) --no-print-directory test BUILD=$(BUILD)-tsan SAN=-fsanitize=thread \
+	    UNIT="$(foreach t,team sched server,$(wildcard tests/unit/test_*$t*.c))"
+
+fuzz: ## every parser's fuzz target, FUZZ_SECONDS (30) each
+	@deploy/setup $(BUILD_PACKAGES) clang-14 libclang-rt-14-dev llvm-14 python3
+	@$(MAKE) --no-print-directory fuzz-run BUILD=$(BUILD)-fuzz CC=clang-14 \
+	    SAN="-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined"
+fuzz-run: $(FUZZERS)
+	@tests/run $(FUZZERS)
+
+layers: ## includes point one way
+	@tests/layers
+
+test-clients: ## real OpenAI clients against a running server (needs PyPI)
+	@deploy/setup $(RUN_PACKAGES) python3-venv
+	@$(MAKE) --no-print-directory $(BUILD)/urchin
+	@tests/clients/run $(BUILD)
+
+fresh: ## the README's commands and the Dockerfile's steps in a clean Debian 12 root
+	@tests/fresh
+
+bench: ## every benchmark in bench/
+	@$(MAKE) --no-print-directory $(BUILD)/urchin
+	@for b in bench/*.sh; do echo "== $$b"; $$b || exit; done
+
+format: ## clang-format over all sources
+	clang-format -i $(foreach d,$(LAYERS) tests docs,$(shell find $d -name '*.[ch]'))
+
+clean: ## remove every build folder
 	rm -rf build build-*
 
-.PHONY: all tests format clean
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+.PHONY: all tests docs run model install test asan tsan fuzz fuzz-run layers test-clients fresh bench format clean help
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
