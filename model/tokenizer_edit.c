@@ -120,19 +120,13 @@ static bool normalize(const struct edit *edit, const char *text, size_t len, str
 /* Appends len bytes of valid UTF-8 with every match replaced. */
 static bool replace(const struct edit *edit, pcre2_match_data *data, const char *text, size_t len,
                     struct bytes *out) {
-    const PCRE2_SIZE *match = pcre2_get_ovector_pointer(data);
-    size_t done = 0;
-    for (size_t at = 0; at < len;) {
-        int found =
-            pcre2_match(edit->pattern, (PCRE2_SPTR)text, len, at, PCRE2_NO_UTF_CHECK, data, NULL);
-        if (found < 0 || match[0] < done || match[1] < match[0]) break;
-        size_t begin = match[0], end = match[1], skip = 0;
-        if (begin == end && end < len) utf8_next(text + end, len - end, &skip);
+    struct matches m = {edit->pattern, data, NULL, text, len, 0, SIZE_MAX};
+    size_t done = 0, begin, end;
+    while (matches_next(&m, &begin, &end)) {
         if (!bytes_add(out, text + done, begin - done) ||
-            !bytes_add(out, edit->text, edit->text_len) || !bytes_add(out, text + end, skip))
+            !bytes_add(out, edit->text, edit->text_len))
             return false;
-        if (end + skip <= at) break;
-        done = at = end + skip;
+        done = end;
     }
     return bytes_add(out, text + done, len - done);
 }

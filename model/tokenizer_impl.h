@@ -213,6 +213,17 @@ enum err split_add(struct tokenizer *t, const char *pattern, size_t len, bool li
                    size_t msg_len);
 extern const char split_gpt2[], split_llama3[], split_qwen2[]; /* the families' patterns */
 
+/* The matches of a pattern in valid UTF-8, one after the other.  Starts with at 0 and last
+ * SIZE_MAX. */
+struct matches {
+    const pcre2_code *pattern;
+    pcre2_match_data *data;
+    pcre2_match_context *context; /* NULL: PCRE2's limits */
+    const char *text;
+    size_t len, at, last; /* last: where the last match ended */
+};
+bool matches_next(struct matches *m, size_t *begin, size_t *end); /* begin == end: an empty match */
+
 struct split_scratch { /* owned by one call */
     pcre2_match_context *context;
     pcre2_jit_stack *stack;

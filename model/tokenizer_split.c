@@ -105,6 +105,28 @@ void split_scratch_free(struct split_scratch *s, const struct tokenizer *t) {
     *s = (struct split_scratch){0};
 }
 
+bool matches_next(struct matches *m, size_t *begin, size_t *end) {
+    const PCRE2_SIZE *match = pcre2_get_ovector_pointer(m->data);
+    while (m->at <= m->len) {
+        int found = pcre2_match(m->pattern, (PCRE2_SPTR)m->text, m->len, m->at, PCRE2_NO_UTF_CHECK,
+                                m->data, m->context);
+        /* No match, or given up.  \K can make a match begin behind its end or before the last
+         * one's. */
+        if (found < 0 || match[0] < m->at || match[1] < match[0]) break;
+        if (match[0] == match[1] && match[1] == m->last) { /* an empty match right behind a match */
+            size_t n;
+            if (m->at == m->len) break;
+            utf8_next(m->text + m->at, m->len - m->at, &n);
+            m->at += n;
+            continue;
+        }
+        *begin = match[0];
+        *end = m->at = m->last = match[1];
+        return true;
+    }
+    return false;
+}
+
 struct splitting {
     const struct tokenizer *t;
     struct split_scratch *scratch;
@@ -114,29 +136,24 @@ struct splitting {
 
 static bool split_from(const struct splitting *w, int step, const char *text, size_t len);
 
-/* What one split makes of a piece: matches and gaps in order, joined as its behaviour says. */
+/* What one split makes of a piece: gaps and matches in order, joined as its behaviour says.  A
+ * match may be empty and still parts what stands around it. */
 struct joined {
-    size_t begin, end; /* a piece not handed on yet; empty: none */
-    bool match;        /* its last part is a match */
+    size_t begin, end; /* not handed on yet */
+    bool any, match;   /* match: its last part is one */
 };
 
 static bool add_part(const struct splitting *w, int step, const char *text, struct joined *held,
                      size_t begin, size_t end, bool match) {
     const struct split *split = &w->t->splits[step];
-    if (begin == end) return true;
     match ^= split->invert;
-    bool join = held->begin < held->end &&
-                ((split->behavior == SPLIT_CONTIGUOUS && match == held->match) ||
-                 (split->behavior == SPLIT_MERGED_WITH_PREVIOUS && match && !held->match) ||
-                 (split->behavior == SPLIT_MERGED_WITH_NEXT && !match && held->match));
-    bool ok = true;
-    if (!join) {
-        ok = split_from(w, step + 1, text + held->begin, held->end - held->begin);
-        held->begin = begin;
-    }
-    held->end = end;
-    held->match = match;
-    if (match && split->behavior == SPLIT_REMOVED) held->begin = held->end;
+    if (match && split->behavior == SPLIT_REMOVED) end = begin;
+    bool join =
+        held->any && ((split->behavior == SPLIT_CONTIGUOUS && match == held->match) ||
+                      (split->behavior == SPLIT_MERGED_WITH_PREVIOUS && match && !held->match) ||
+                      (split->behavior == SPLIT_MERGED_WITH_NEXT && !match && held->match));
+    bool ok = join || split_from(w, step + 1, text + held->begin, held->end - held->begin);
+    *held = (struct joined){join ? held->begin : begin, end, true, match};
     return ok;
 }
 
@@ -144,29 +161,21 @@ static bool add_part(const struct splitting *w, int step, const char *text, stru
 static bool split_from(const struct splitting *w, int step, const char *text, size_t len) {
     if (len == 0) return true;
     if (step == w->t->n_splits) return w->emit(w->arg, text, len);
-    pcre2_match_data *data = w->scratch->matches[step];
-    const PCRE2_SIZE *match = pcre2_get_ovector_pointer(data);
+    struct matches m = {w->t->splits[step].pattern,
+                        w->scratch->matches[step],
+                        w->scratch->context,
+                        text,
+                        len,
+                        0,
+                        SIZE_MAX};
     struct joined held = {0};
-    size_t done = 0;
-    for (size_t at = 0; at < len;) {
-        int found = pcre2_match(w->t->splits[step].pattern, (PCRE2_SPTR)text, len, at,
-                                PCRE2_NO_UTF_CHECK, data, w->scratch->context);
-        if (found < 0) break; /* no match, or given up: one rest */
-        size_t begin = match[0], end = match[1];
-        if (begin >= end) { /* an empty match (or \K's doing) parts nothing */
-            size_t n;
-            if (begin >= len) break;
-            utf8_next(text + begin, len - begin, &n);
-            at = begin + n > at ? begin + n : at + 1;
-            continue;
-        }
-        if (begin < done) break; /* \K in a look-behind */
-        if (!add_part(w, step, text, &held, done, begin, false) ||
-            !add_part(w, step, text, &held, begin, end, true))
-            return false;
-        done = at = end;
+    size_t done = 0, begin, end;
+    while (matches_next(&m, &begin, &end)) {
+        if (done < begin && !add_part(w, step, text, &held, done, begin, false)) return false;
+        if (!add_part(w, step, text, &held, begin, end, true)) return false;
+        done = end;
     }
-    return add_part(w, step, text, &held, done, len, false) &&
+    return (done == len || add_part(w, step, text, &held, done, len, false)) &&
            split_from(w, step + 1, text + held.begin, held.end - held.begin);
 }
 
