@@ -21,17 +21,21 @@ static bool has_model(char *path, size_t path_len, const char *dir, const char *
 
 /* The first of the models folders that has it. */
 static bool find_model(char *path, size_t path_len, const char *name) {
-    char exe[MAX_PATH], beside[MAX_PATH + 16];
+    static const char *const places[] = {"models",
+                                         "share/urchin/models"}; /* built here; installed */
+    char exe[MAX_PATH], beside[MAX_PATH + 32];
     ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
     const char *named = getenv("URCHIN_MODELS");
     if (n > 0) {
         exe[n] = 0;
-        for (int i = 0; i < 2 && strrchr(exe, '/'); i++) *strrchr(exe, '/') = 0;
-        snprintf(beside, sizeof beside, "%s/models", exe);
-        if (has_model(path, path_len, beside, name)) return true;
+        for (int i = 0; i < 2 && strrchr(exe, '/'); i++)
+            *strrchr(exe, '/') = 0;
+        for (int i = 0; i < 2; i++) {
+            snprintf(beside, sizeof beside, "%s/%s", exe, places[i]);
+            if (has_model(path, path_len, beside, name)) return true;
+        }
     }
-    return (named && *named && has_model(path, path_len, named, name)) ||
-           has_model(path, path_len, "/usr/share/urchin/models", name);
+    return named && *named && has_model(path, path_len, named, name);
 }
 
 /* An adapter is of use only with its base. */
@@ -52,11 +56,14 @@ enum err default_model(char *path, size_t path_len, const struct settings *setti
         (settings->base || base_is_here(path, why, sizeof why)))
         return OK;
     if (find_model(path, path_len, small_model)) {
-        fprintf(stderr, "urchin: the default model %s cannot be used (%s); using the small model %s\n", good_model, why, small_model);
+        fprintf(stderr,
+                "urchin: the default model %s cannot be used (%s); using the small model %s\n",
+                good_model, why, small_model);
         return OK;
     }
     return err_set(msg, msg_len, ERR_IO,
-                   "no model was named and there is no default one in ../models beside the program, $URCHIN_MODELS or /usr/share/urchin/models");
+                   "no model was named and there is no default one in ../models or "
+                   "../share/urchin/models beside the program or in $URCHIN_MODELS");
 }
 
 struct step_bounds step_bounds(const struct settings *settings, int n_slots) {

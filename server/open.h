@@ -8,19 +8,22 @@
 
 enum { MAX_PATH = 4096 };
 
-/* The model used when none is named: smollm2-135m-hedgehog where its base lies on this machine (or is named by --base), else the small
- * stories260k-hedgehog with one line on stderr that says so.  Looked for beside the binary (../models), in $URCHIN_MODELS, in
- * /usr/share/urchin/models. */
+/* The model used when none is named: smollm2-135m-hedgehog where its base lies on this machine (or
+ * is named by --base), else the small stories260k-hedgehog with one line on stderr that says so.
+ * Looked for beside the binary (../models, ../share/urchin/models), in $URCHIN_MODELS. */
 enum err default_model(char *path, size_t path_len, const struct settings *settings, char *msg,
                        size_t msg_len);
 
 /* settings->model is set.  progress as in model.h, may be NULL. */
 enum err open_model(struct model **out, const struct settings *settings, int n_slots,
-                    struct team *team, void (*progress)(void *arg, const char *what, double fraction),
-                    char *msg, size_t msg_len);
+                    struct team *team,
+                    void (*progress)(void *arg, const char *what, double fraction), char *msg,
+                    size_t msg_len);
 
 /* Rows and logits of one step that open_model asks for. */
-struct step_bounds { int rows, logits; };
+struct step_bounds {
+    int rows, logits;
+};
 struct step_bounds step_bounds(const struct settings *settings, int n_slots);
 
 /* Progress on a terminal's stderr, one line rewritten; nothing elsewhere. */
