@@ -81,6 +81,9 @@ run: ## build, fetch the default model and serve it: make run [MODEL=...] [ARGS=
 	@[ "$(MODEL)" ] || deploy/fetch-model || true
 	@exec $(BUILD)/urchin serve $(MODEL) $(ARGS)
 
+packages:
+	@deploy/setup $(BUILD_PACKAGES)
+
 model: ## fetch the default model's base
 	@deploy/setup python3-pip
 	@deploy/fetch-model
@@ -136,5 +139,5 @@ clean: ## remove every build folder
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-.PHONY: all tests docs run model install test asan tsan fuzz fuzz-run layers test-clients fresh bench format clean help
+.PHONY: all tests docs run packages model install test asan tsan fuzz fuzz-run layers test-clients fresh bench format clean help
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
