@@ -3,7 +3,8 @@
 
 #include <string.h>
 
-int answer_spans(const struct attention *a, const struct memory *m, int64_t position, struct span spans[MAX_SPANS], int *growing) {
+int answer_spans(const struct attention *a, const struct memory *m, int64_t position,
+                 struct span spans[MAX_SPANS], int *growing) {
     const struct attention_config *c = &a->config;
     const struct layout *l = &a->layout;
     int n = 0, ring = l->sinks + l->cache, w = c->window_size;
@@ -29,14 +30,17 @@ int answer_spans(const struct attention *a, const struct memory *m, int64_t posi
     if (cached) spans[n++] = (struct span){l->sinks, cached};
     for (int h = 0; h < 2; h++) {
         if (h == half) *growing = n;
-        if (h == half) spans[n++] = (struct span){ring + h * w, (int)(position % w) + 1};
-        else if (block >= 1) spans[n++] = (struct span){ring + h * w, w};
+        if (h == half)
+            spans[n++] = (struct span){ring + h * w, (int)(position % w) + 1};
+        else if (block >= 1)
+            spans[n++] = (struct span){ring + h * w, w};
     }
     return n;
 }
 
 /* Sinks and cache ascend in position, so the clamped ones come first. */
-static int clamped_entries(const struct attention *a, const struct memory *m, const struct span *spans, int n_spans, int64_t position) {
+static int clamped_entries(const struct attention *a, const struct memory *m,
+                           const struct span *spans, int n_spans, int64_t position) {
     int n = 0, most = a->layout.sinks + a->layout.cache;
     for (int k = 0; a->config.max_distance && k < n_spans; k++)
         for (int e = spans[k].first; e < most && e < spans[k].first + spans[k].count; e++) {
@@ -46,16 +50,19 @@ static int clamped_entries(const struct attention *a, const struct memory *m, co
     return n;
 }
 
-void answer_part(const struct layer_job *job, const struct segment *segment, int kv_head, int part, struct scratch *tmp) {
+void answer_part(const struct layer_job *job, const struct segment *segment, int kv_head, int part,
+                 struct scratch *tmp) {
     const struct attention *a = job->a;
     const struct attention_weights *w = &a->weights[job->layer];
     int heads_parts = (a->group + segment->part_heads - 1) / segment->part_heads;
     int g = part % heads_parts * segment->part_heads, r = part / heads_parts * segment->part_rows;
     int n_heads = a->group - g < segment->part_heads ? a->group - g : segment->part_heads;
-    int n_rows = segment->n_rows - r < segment->part_rows ? segment->n_rows - r : segment->part_rows;
+    int n_rows =
+        segment->n_rows - r < segment->part_rows ? segment->n_rows - r : segment->part_rows;
     struct memory m = memory_of(a, a->runs[segment->run].slot, job->layer, kv_head);
     int64_t position = segment->position + r;
-    size_t row = (size_t)segment->first_row + r, head = (size_t)kv_head * a->group + g, D = a->shape.head_dim;
+    size_t row = (size_t)segment->first_row + r, head = (size_t)kv_head * a->group + g,
+           D = a->shape.head_dim;
 
     struct question ask = {
         .n_rows = n_rows,

@@ -1,14 +1,16 @@
 /* attention.c - configuration, and a step: one ragged batch of rows cut into tasks for the team.
  *
- * Terraced windows and softmax work in waves.  Wave i holds the i-th segment of every run, cut where blocks begin; each wave is two
- * phases, because all rows of a segment see the keys that the first phase appends:
+ * Terraced windows and softmax work in waves.  Wave i holds the i-th segment of every run, cut
+ * where blocks begin; each wave is two phases, because all rows of a segment see the keys that the
+ * first phase appends:
  *
- *   append   one task per segment and kv head: a block that begins folds and chooses; keys and values are stored
- *   answer   one task per group of at most MAX_QUERIES (row, head) pairs; and scoring for the next block's choice,
- *            which like them only reads the memory
+ *   append   one task per segment and kv head: a block that begins folds and chooses; keys and
+ * values are stored answer   one task per group of at most MAX_QUERIES (row, head) pairs; and
+ * scoring for the next block's choice, which like them only reads the memory
  *
- * Sliding windows and pure linear attention change the state at every row: there one task is a whole run of one kv head.
- * Tasks are dealt out by a counter; each owns what it writes, so who does which does not matter. */
+ * Sliding windows and pure linear attention change the state at every row: there one task is a
+ * whole run of one kv head. Tasks are dealt out by a counter; each owns what it writes, so who does
+ * which does not matter. */
 #include "attention/internal.h"
 
 #include "compute/cpu.h"
@@ -22,37 +24,56 @@
 
 enum { MOST = 1 << 20 }; /* of any count below: products of them stay far inside size_t */
 
-static bool within(int64_t x, int64_t least, int64_t most) { return x >= least && x <= most; }
+static bool within(int64_t x, int64_t least, int64_t most) {
+    return x >= least && x <= most;
+}
 
 static enum err check_hedgehog(const struct attention_config *c, char *msg, size_t msg_len) {
     if (!within(c->map, MAP_EXP, MAP_JOINT_SOFTMAX))
         return err_set(msg, msg_len, ERR_FORMAT, "attention map %d is not known", (int)c->map);
     if (!within(c->features, 1, MOST))
-        return err_set(msg, msg_len, ERR_FORMAT, "attention features must be positive, not %d", c->features);
+        return err_set(msg, msg_len, ERR_FORMAT, "attention features must be positive, not %d",
+                       c->features);
     if (!within(c->mixing, MIXING_UNIFIED, MIXING_LOLCATS))
-        return err_set(msg, msg_len, ERR_FORMAT, "attention mixing %d is not known", (int)c->mixing);
+        return err_set(msg, msg_len, ERR_FORMAT, "attention mixing %d is not known",
+                       (int)c->mixing);
     if (!within(c->window, WINDOW_NONE, WINDOW_TERRACED))
-        return err_set(msg, msg_len, ERR_FORMAT, "attention window rule %d is not known", (int)c->window);
+        return err_set(msg, msg_len, ERR_FORMAT, "attention window rule %d is not known",
+                       (int)c->window);
     if (c->window == WINDOW_NONE && c->window_size != 0)
-        return err_set(msg, msg_len, ERR_FORMAT, "attention window size %d makes no sense with window rule none", c->window_size);
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention window size %d makes no sense with window rule none",
+                       c->window_size);
     if (c->window != WINDOW_NONE && !within(c->window_size, 1, MOST))
-        return err_set(msg, msg_len, ERR_FORMAT, "attention window size must be positive, not %d", c->window_size);
+        return err_set(msg, msg_len, ERR_FORMAT, "attention window size must be positive, not %d",
+                       c->window_size);
     if (c->window == WINDOW_NONE && c->sinks != 0)
         return err_set(msg, msg_len, ERR_FORMAT, "attention sinks (%d) need a window", c->sinks);
     if (!within(c->sinks, 0, c->window_size))
-        return err_set(msg, msg_len, ERR_FORMAT, "attention sinks must be 0 to the window size %d, not %d", c->window_size, c->sinks);
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention sinks must be 0 to the window size %d, not %d", c->window_size,
+                       c->sinks);
     if (!within(c->cache_size, 0, MOST))
-        return err_set(msg, msg_len, ERR_FORMAT, "attention cache size must not be negative, not %d", c->cache_size);
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention cache size must not be negative, not %d", c->cache_size);
     if (c->cache_size && c->window != WINDOW_TERRACED)
-        return err_set(msg, msg_len, ERR_FORMAT, "attention cache (size %d) needs a terraced window", c->cache_size);
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention cache (size %d) needs a terraced window", c->cache_size);
     if (!within(c->cache_recent, 0, c->cache_size))
-        return err_set(msg, msg_len, ERR_FORMAT, "attention cache recent must be 0 to its size %d, not %d", c->cache_size, c->cache_recent);
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention cache recent must be 0 to its size %d, not %d", c->cache_size,
+                       c->cache_recent);
     if (c->cache_recent && c->cache_age < 1)
-        return err_set(msg, msg_len, ERR_FORMAT, "attention cache age must be positive where recent is, not %d", c->cache_age);
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention cache age must be positive where recent is, not %d",
+                       c->cache_age);
     if (c->horizon < 0)
-        return err_set(msg, msg_len, ERR_FORMAT, "attention horizon must not be negative, not %lld", (long long)c->horizon);
+        return err_set(msg, msg_len, ERR_FORMAT, "attention horizon must not be negative, not %lld",
+                       (long long)c->horizon);
     if (c->max_distance < 0)
-        return err_set(msg, msg_len, ERR_FORMAT, "attention max_distance must be positive, not %lld", (long long)c->max_distance);
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention max_distance must be positive, not %lld",
+                       (long long)c->max_distance);
     if (c->max_distance && !c->map_before_rope)
         return err_set(msg, msg_len, ERR_FORMAT, "attention max_distance needs map_position none");
     return OK;
@@ -61,42 +82,70 @@ static enum err check_hedgehog(const struct attention_config *c, char *msg, size
 enum err attention_config_check(const struct attention_config *c, char *msg, size_t msg_len) {
     if (!within(c->kind, ATTENTION_SOFTMAX, ATTENTION_HEDGEHOG))
         return err_set(msg, msg_len, ERR_FORMAT, "attention kind %d is not known", (int)c->kind);
-    if (!within(c->n_heads, 1, MOST) || !within(c->n_kv_heads, 1, c->n_heads) || c->n_heads % c->n_kv_heads)
-        return err_set(msg, msg_len, ERR_FORMAT, "attention has %d query heads for %d kv heads: not a whole number each",
+    if (!within(c->n_heads, 1, MOST) || !within(c->n_kv_heads, 1, c->n_heads) ||
+        c->n_heads % c->n_kv_heads)
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention has %d query heads for %d kv heads: not a whole number each",
                        c->n_heads, c->n_kv_heads);
     if (!within(c->head_dim, 1, MOST))
-        return err_set(msg, msg_len, ERR_FORMAT, "attention head_dim must be positive, not %d", c->head_dim);
+        return err_set(msg, msg_len, ERR_FORMAT, "attention head_dim must be positive, not %d",
+                       c->head_dim);
     if (!within(c->kv_type, KV_FP32, KV_BF16))
-        return err_set(msg, msg_len, ERR_FORMAT, "attention key-value type %d is not known", (int)c->kv_type);
+        return err_set(msg, msg_len, ERR_FORMAT, "attention key-value type %d is not known",
+                       (int)c->kv_type);
     if (c->kind == ATTENTION_HEDGEHOG) return check_hedgehog(c, msg, msg_len);
     if (!within(c->max_seq_len, 1, INT32_MAX - 2 * TILE))
-        return err_set(msg, msg_len, ERR_FORMAT, "softmax attention needs a max_seq_len of 1 or more, not %lld",
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "softmax attention needs a max_seq_len of 1 or more, not %lld",
                        (long long)c->max_seq_len);
     return OK;
 }
 
 static uint64_t mix_in(uint64_t hash, int64_t x) { /* FNV-1a over the bytes of x */
-    for (int i = 0; i < 8; i++) hash = (hash ^ ((uint64_t)x >> 8 * i & 0xff)) * 0x100000001b3u;
+    for (int i = 0; i < 8; i++)
+        hash = (hash ^ ((uint64_t)x >> 8 * i & 0xff)) * 0x100000001b3u;
     return hash;
 }
 
 static uint64_t fingerprint(const struct attention *a) {
     const struct attention_config *c = &a->config;
-    const int64_t fields[] = {c->kind, c->n_heads, c->n_kv_heads, c->head_dim, c->kv_type, c->map, c->features,
-                              c->key_map_per_query_head, c->window, c->window_size, c->sinks, c->cache_size,
-                              c->cache_recent, c->cache_age, c->horizon, c->mixing, c->map_before_rope, c->max_distance,
-                              a->n_layers, a->rope != NULL};
+    const int64_t fields[] = {c->kind,
+                              c->n_heads,
+                              c->n_kv_heads,
+                              c->head_dim,
+                              c->kv_type,
+                              c->map,
+                              c->features,
+                              c->key_map_per_query_head,
+                              c->window,
+                              c->window_size,
+                              c->sinks,
+                              c->cache_size,
+                              c->cache_recent,
+                              c->cache_age,
+                              c->horizon,
+                              c->mixing,
+                              c->map_before_rope,
+                              c->max_distance,
+                              a->n_layers,
+                              a->rope != NULL};
     uint64_t hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) hash = mix_in(hash, fields[i]);
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+        hash = mix_in(hash, fields[i]);
     return hash;
 }
 
-/* What the kind does not use is 0, so that code reads the configuration without asking for the kind. */
+/* What the kind does not use is 0, so that code reads the configuration without asking for the
+ * kind. */
 static struct attention_config canonical(const struct attention_config *config, bool rope) {
     struct attention_config c = *config;
     if (c.kind == ATTENTION_SOFTMAX)
-        return (struct attention_config){.kind = c.kind, .n_heads = c.n_heads, .n_kv_heads = c.n_kv_heads, .head_dim = c.head_dim,
-                                         .kv_type = c.kv_type, .max_seq_len = c.max_seq_len};
+        return (struct attention_config){.kind = c.kind,
+                                         .n_heads = c.n_heads,
+                                         .n_kv_heads = c.n_kv_heads,
+                                         .head_dim = c.head_dim,
+                                         .kv_type = c.kv_type,
+                                         .max_seq_len = c.max_seq_len};
     c.max_seq_len = 0;
     if (!c.cache_recent) c.cache_age = 0;
     if (!rope) c.max_distance = 0;
@@ -108,16 +157,20 @@ static struct attention_config canonical(const struct attention_config *config, 
 static const struct attention_kernels *choose_kernels(void) {
     switch (cpu_isa()) {
 #if defined(__x86_64__)
-    case CPU_AVX512: return &attention_kernels_avx512;
-    case CPU_AVX2: return &attention_kernels_avx2;
+    case CPU_AVX512:
+        return &attention_kernels_avx512;
+    case CPU_AVX2:
+        return &attention_kernels_avx2;
 #endif
-    default: return &attention_kernels_generic;
+    default:
+        return &attention_kernels_generic;
     }
 }
 
 static float *pad_rows(const float *x, size_t n_rows, int n, int padded, float **at) {
     float *out = *at;
-    for (size_t r = 0; r < n_rows; r++) memcpy(out + r * padded, x + r * n, (size_t)n * sizeof *x);
+    for (size_t r = 0; r < n_rows; r++)
+        memcpy(out + r * padded, x + r * n, (size_t)n * sizeof *x);
     *at += n_rows * padded;
     return out;
 }
@@ -125,7 +178,8 @@ static float *pad_rows(const float *x, size_t n_rows, int n, int padded, float *
 /* Copies maps whose rows are no whole vectors into rows that are. */
 static enum err pad_maps(struct attention *a) {
     const struct shape *s = &a->shape;
-    size_t q = (size_t)a->config.n_heads, k = (size_t)a->config.n_kv_heads * a->state_heads, rows = (q + k) * (s->head_dim + 1);
+    size_t q = (size_t)a->config.n_heads, k = (size_t)a->config.n_kv_heads * a->state_heads,
+           rows = (q + k) * (s->head_dim + 1);
     if (s->f == s->f_lanes) return OK;
     a->padded = calloc((size_t)a->n_layers * rows * s->f_lanes, sizeof *a->padded);
     if (!a->padded) return ERR_NOMEM;
@@ -147,15 +201,18 @@ static void *take(char *block, size_t *used, size_t n, size_t size) {
     return at;
 }
 
-static size_t place_scratch(const struct attention *a, struct scratch *t, char *block, size_t used) {
+static size_t place_scratch(const struct attention *a, struct scratch *t, char *block,
+                            size_t used) {
     const struct shape *s = &a->shape;
-    size_t D = (size_t)s->head_dim, n = (size_t)a->config.cache_size + (size_t)a->config.window_size + 1;
+    size_t D = (size_t)s->head_dim,
+           n = (size_t)a->config.cache_size + (size_t)a->config.window_size + 1;
     *t = (struct scratch){
         .answer =
             {
                 .turned = take(block, &used, MAX_QUERIES * D, sizeof(float)),
                 .far = take(block, &used, MAX_QUERIES * D, sizeof(float)),
-                .scores = take(block, &used, (size_t)MAX_QUERIES * a->layout.tiles * TILE, sizeof(float)),
+                .scores =
+                    take(block, &used, (size_t)MAX_QUERIES * a->layout.tiles * TILE, sizeof(float)),
                 .u = take(block, &used, (size_t)MAX_QUERIES * s->f_lanes, sizeof(float)),
                 .phi = take(block, &used, (size_t)MAX_QUERIES * s->phi_lanes, sizeof(float)),
                 .y = take(block, &used, (size_t)MAX_QUERIES * s->lanes, sizeof(float)),
@@ -178,11 +235,13 @@ static enum err new_scratch(struct attention *a) {
     a->n_threads = team_size(a->team);
     a->scratch = calloc((size_t)a->n_threads, sizeof *a->scratch);
     if (!a->scratch) return ERR_NOMEM;
-    for (int t = 0; t < a->n_threads; t++) a->scratch_bytes = place_scratch(a, &a->scratch[t], NULL, a->scratch_bytes);
+    for (int t = 0; t < a->n_threads; t++)
+        a->scratch_bytes = place_scratch(a, &a->scratch[t], NULL, a->scratch_bytes);
     a->scratch_block = memory_map(a->scratch_bytes);
     if (!a->scratch_block) return ERR_NOMEM;
     size_t used = 0;
-    for (int t = 0; t < a->n_threads; t++) used = place_scratch(a, &a->scratch[t], a->scratch_block, used);
+    for (int t = 0; t < a->n_threads; t++)
+        used = place_scratch(a, &a->scratch[t], a->scratch_block, used);
     return OK;
 }
 
@@ -206,9 +265,11 @@ static void init_shape(struct attention *a) {
     };
 }
 
-enum err attention_new(struct attention **out, const struct attention_config *config, const struct attention_weights *weights,
-                       int n_layers, const struct rope *rope, struct team *team, int max_rows, int max_runs) {
-    if (attention_config_check(config, NULL, 0) || n_layers < 1 || max_rows < 1 || max_runs < 1) return ERR_ARG;
+enum err attention_new(struct attention **out, const struct attention_config *config,
+                       const struct attention_weights *weights, int n_layers,
+                       const struct rope *rope, struct team *team, int max_rows, int max_runs) {
+    if (attention_config_check(config, NULL, 0) || n_layers < 1 || max_rows < 1 || max_runs < 1)
+        return ERR_ARG;
     struct attention *a = calloc(1, sizeof *a);
     if (!a) return ERR_NOMEM;
     a->config = canonical(config, rope != NULL);
@@ -231,11 +292,13 @@ enum err attention_new(struct attention **out, const struct attention_config *co
     a->sines = calloc((size_t)max_rows * half, sizeof *a->sines);
     a->far_cosines = calloc(half, sizeof *a->far_cosines);
     a->far_sines = calloc(half, sizeof *a->far_sines);
-    if (!a->weights || !a->runs || !a->positions || !a->segments || !a->cosines || !a->sines || !a->far_cosines || !a->far_sines)
+    if (!a->weights || !a->runs || !a->positions || !a->segments || !a->cosines || !a->sines ||
+        !a->far_cosines || !a->far_sines)
         goto fail;
     if (weights) memcpy(a->weights, weights, (size_t)n_layers * sizeof *weights);
     if (pad_maps(a) || new_scratch(a)) goto fail;
-    if (a->config.max_distance) rope_angles(rope, a->config.max_distance, a->far_cosines, a->far_sines);
+    if (a->config.max_distance)
+        rope_angles(rope, a->config.max_distance, a->far_cosines, a->far_sines);
     *out = a;
     return OK;
 fail:
@@ -268,17 +331,20 @@ void attention_step_begin(struct attention *a, const struct attention_run *runs,
         a->runs[i] = runs[i];
         a->positions[i] = slot_header(runs[i].slot)->position;
         assert(runs[i].first_row + runs[i].n_rows <= a->max_rows);
-        assert(a->config.kind == ATTENTION_HEDGEHOG || a->positions[i] + runs[i].n_rows <= a->config.max_seq_len);
+        assert(a->config.kind == ATTENTION_HEDGEHOG ||
+               a->positions[i] + runs[i].n_rows <= a->config.max_seq_len);
         size_t half = (size_t)a->config.head_dim / 2;
         for (int r = 0; a->rope && r < runs[i].n_rows; r++) {
             size_t row = (size_t)runs[i].first_row + r;
-            rope_angles(a->rope, a->positions[i] + r, a->cosines + row * half, a->sines + row * half);
+            rope_angles(a->rope, a->positions[i] + r, a->cosines + row * half,
+                        a->sines + row * half);
         }
     }
 }
 
 void attention_step_end(struct attention *a) {
-    for (int i = 0; i < a->n_runs; i++) slot_header(a->runs[i].slot)->position = a->positions[i] + a->runs[i].n_rows;
+    for (int i = 0; i < a->n_runs; i++)
+        slot_header(a->runs[i].slot)->position = a->positions[i] + a->runs[i].n_rows;
     a->n_runs = 0;
 }
 
@@ -295,7 +361,8 @@ static void deal(const struct attention *a, struct segment *s, int most_heads) {
     s->n_parts = row_parts * ((a->group + s->part_heads - 1) / s->part_heads);
 }
 
-/* The segments of a wave: each run's rows from `done` on, up to the end of its block.  False: no run has any left. */
+/* The segments of a wave: each run's rows from `done` on, up to the end of its block.  False: no
+ * run has any left. */
 static bool plan_wave(struct attention *a, int wave, int most_heads) {
     int64_t w = a->config.kind == ATTENTION_SOFTMAX ? a->config.max_seq_len : a->config.window_size;
     int n = 0, tasks = 0;
@@ -305,8 +372,11 @@ static bool plan_wave(struct attention *a, int wave, int most_heads) {
         if (from >= end) continue;
         int64_t to = (from / w + 1) * w < end ? (from / w + 1) * w : end;
         struct segment *s = &a->segments[n++];
-        *s = (struct segment){.run = i, .first_row = a->runs[i].first_row + (int)(from - first), .n_rows = (int)(to - from),
-                              .position = from, .first_task = tasks};
+        *s = (struct segment){.run = i,
+                              .first_row = a->runs[i].first_row + (int)(from - first),
+                              .n_rows = (int)(to - from),
+                              .position = from,
+                              .first_task = tasks};
         deal(a, s, most_heads);
         tasks += s->n_parts * a->config.n_kv_heads;
     }
@@ -332,7 +402,8 @@ static void append_tasks(void *arg, int thread, int n_threads) {
 static void answer_task(const struct layer_job *job, int task, struct scratch *tmp) {
     const struct attention *a = job->a;
     const struct segment *s = a->segments + a->n_segments - 1;
-    while (s->first_task > task) s--;
+    while (s->first_task > task)
+        s--;
     task -= s->first_task;
     answer_part(job, s, task / s->n_parts, task % s->n_parts, tmp);
 }
@@ -347,8 +418,10 @@ static void answer_tasks(void *arg, int thread, int n_threads) {
             answer_task(job, task - job->n_scoring, tmp);
             continue;
         }
-        const struct segment *s = &a->segments[task / a->config.n_kv_heads]; /* first, for it takes longest */
-        if (memory_scores_in(a, job->layer, s)) memory_score_next(a, job->layer, s, task % a->config.n_kv_heads, tmp);
+        const struct segment *s =
+            &a->segments[task / a->config.n_kv_heads]; /* first, for it takes longest */
+        if (memory_scores_in(a, job->layer, s))
+            memory_score_next(a, job->layer, s, task % a->config.n_kv_heads, tmp);
     }
 }
 
@@ -360,10 +433,14 @@ static void row_tasks(void *arg, int thread, int n_threads) {
     for (int task; (task = atomic_fetch_add(&job->next, 1)) < job->n_tasks;) {
         int i = task / a->config.n_kv_heads, kv_head = task % a->config.n_kv_heads;
         for (int r = 0; r < a->runs[i].n_rows; r++) {
-            struct segment s = {.run = i, .first_row = a->runs[i].first_row + r, .n_rows = 1, .position = a->positions[i] + r};
+            struct segment s = {.run = i,
+                                .first_row = a->runs[i].first_row + r,
+                                .n_rows = 1,
+                                .position = a->positions[i] + r};
             deal(a, &s, a->group);
             memory_append(job, &s, kv_head, tmp);
-            for (int part = 0; part < s.n_parts; part++) answer_part(job, &s, kv_head, part, tmp);
+            for (int part = 0; part < s.n_parts; part++)
+                answer_part(job, &s, kv_head, part, tmp);
         }
     }
 }
@@ -374,20 +451,31 @@ static void run_tasks(struct layer_job *job, void (*tasks)(void *, int, int), in
     team_run(job->a->team, tasks, job);
 }
 
-void attention_layer(struct attention *a, int layer, float *y, size_t y_stride, const float *q, size_t q_stride, const float *k,
-                     size_t k_stride, const float *v, size_t v_stride) {
-    struct layer_job job = {.a = a, .layer = layer, .y = y, .q = q, .k = k, .v = v,
-                            .y_row = y_stride, .q_row = q_stride, .k_row = k_stride, .v_row = v_stride};
+void attention_layer(struct attention *a, int layer, float *y, size_t y_stride, const float *q,
+                     size_t q_stride, const float *k, size_t k_stride, const float *v,
+                     size_t v_stride) {
+    struct layer_job job = {.a = a,
+                            .layer = layer,
+                            .y = y,
+                            .q = q,
+                            .k = k,
+                            .v = v,
+                            .y_row = y_stride,
+                            .q_row = q_stride,
+                            .k_row = k_stride,
+                            .v_row = v_stride};
     int n_kv = a->config.n_kv_heads;
     if (row_by_row(a)) {
         run_tasks(&job, row_tasks, a->n_runs * n_kv);
         return;
     }
     for (int wave = 0; plan_wave(a, wave, a->group); wave++) {
-        if (wave_tasks(a) < 2 * a->n_threads) plan_wave(a, wave, 1); /* too few to share out evenly */
+        if (wave_tasks(a) < 2 * a->n_threads)
+            plan_wave(a, wave, 1); /* too few to share out evenly */
         run_tasks(&job, append_tasks, a->n_segments * n_kv);
         bool scoring = false;
-        for (int i = 0; i < a->n_segments; i++) scoring |= memory_scores_in(a, layer, &a->segments[i]);
+        for (int i = 0; i < a->n_segments; i++)
+            scoring |= memory_scores_in(a, layer, &a->segments[i]);
         job.n_scoring = scoring ? a->n_segments * n_kv : 0;
         run_tasks(&job, answer_tasks, job.n_scoring + wave_tasks(a));
     }

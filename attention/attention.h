@@ -82,7 +82,7 @@ void attention_slot_copy(const struct attention *a, void *dst, const void *src);
 int64_t attention_slot_position(const struct attention *a, const void *slot); /* tokens read */
 
 /* A saved state: attention_state_bytes(a) bytes (softmax: for position tokens; Hedgehog: the same for every position).
- * Loading checks every count against the configuration (ERR_FORMAT), and rebuilds what is derived.
+ * Loading checks every count against the configuration (ERR_FORMAT; the slot is then cleared), and rebuilds what is derived.
  * A loaded sequence goes on with the same bits as the saved one. */
 size_t attention_state_bytes(const struct attention *a, int64_t position);
 void attention_state_save(const struct attention *a, void *out, const void *slot);

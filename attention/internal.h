@@ -5,8 +5,8 @@
  *   answer.c     what a row sees of it (kernels.c has the arithmetic)
  *   slot.c       slots: layout, clear, copy, save, load
  *
- * Positions decide almost everything: which entries exist, how many keys the state holds, what the horizon does.  Only the
- * choice of the cache is data, and its positions are kept. */
+ * Positions decide almost everything: which entries exist, how many keys the state holds, what the
+ * horizon does.  Only the choice of the cache is data, and its positions are kept. */
 #ifndef URCHIN_ATTENTION_INTERNAL_H
 #define URCHIN_ATTENTION_INTERNAL_H
 
@@ -14,8 +14,9 @@
 
 #include <stdatomic.h>
 
-/* Entries of one kv head: [sinks | cache, ascending positions | ring].  Terraced: block b lives in half b % 2 of a ring of 2 w;
- * sliding: position j in place j % w; softmax: the ring is the whole sequence. */
+/* Entries of one kv head: [sinks | cache, ascending positions | ring].  Terraced: block b lives in
+ * half b % 2 of a ring of 2 w; sliding: position j in place j % w; softmax: the ring is the whole
+ * sequence. */
 struct layout {
     int sinks, cache, ring, entries, tiles; /* counts; entries is their sum */
     size_t S_floats, state_floats;          /* one state head: S, then z */
@@ -23,7 +24,7 @@ struct layout {
     /* offsets into a slot, and how far one layer's kv head is from the next */
     size_t states, keys, values, positions; /* the sequence itself ... */
     size_t sequence_bytes;
-    size_t turned, scores, scored;          /* ... and what is derived from it */
+    size_t turned, scores, scored; /* ... and what is derived from it */
     size_t slot_bytes;
 };
 
@@ -37,13 +38,14 @@ struct slot_header { /* the first 64 bytes of a slot and of a saved state */
 
 /* One layer and kv head of a slot. */
 struct memory {
-    float *state;        /* [state heads of the group] of state_floats: S [F][lanes], z [phi_lanes] */
-    void *keys;          /* k' (map_position rope: k) in tiles, as the maps see it */
-    void *turned;        /* the same rotated to each key's position, or as it is once clamped; == keys where nothing differs */
-    void *values;        /* [entries][lanes] */
-    int64_t *positions;  /* [cache] ascending, then -1 */
-    float *scores;       /* [cache + w] self-recall errors of the candidates of block *scored */
-    int64_t *scored;     /* 0: none */
+    float *state; /* [state heads of the group] of state_floats: S [F][lanes], z [phi_lanes] */
+    void *keys;   /* k' (map_position rope: k) in tiles, as the maps see it */
+    void *turned; /* the same rotated to each key's position, or as it is once clamped; == keys
+                     where nothing differs */
+    void *values; /* [entries][lanes] */
+    int64_t *positions; /* [cache] ascending, then -1 */
+    float *scores;      /* [cache + w] self-recall errors of the candidates of block *scored */
+    int64_t *scored;    /* 0: none */
 };
 
 struct scratch { /* one thread's */
@@ -59,7 +61,7 @@ struct scratch { /* one thread's */
 
 struct segment { /* rows of one run that see the same blocks */
     int run, first_row, n_rows;
-    int64_t position;    /* of its first row */
+    int64_t position;                               /* of its first row */
     int part_rows, part_heads, n_parts, first_task; /* how its questions are dealt out */
 };
 
@@ -67,9 +69,10 @@ struct attention {
     struct attention_config config;
     struct shape shape;
     struct layout layout;
-    int n_layers, group;   /* query heads of a kv head */
-    int state_heads;       /* states of a kv head: 1, or group */
-    struct attention_weights *weights; /* [n_layers]; maps point into padded where f is no multiple of 16 */
+    int n_layers, group; /* query heads of a kv head */
+    int state_heads;     /* states of a kv head: 1, or group */
+    struct attention_weights
+        *weights; /* [n_layers]; maps point into padded where f is no multiple of 16 */
     float *padded;
     const struct rope *rope;
     struct team *team;
@@ -83,11 +86,11 @@ struct attention {
 
     /* the step */
     int max_rows, max_runs, n_runs;
-    struct attention_run *runs; /* [max_runs] */
-    int64_t *positions;         /* [max_runs] of the runs' first rows */
-    float *cosines, *sines;     /* [max_rows][D / 2] */
+    struct attention_run *runs;     /* [max_runs] */
+    int64_t *positions;             /* [max_runs] of the runs' first rows */
+    float *cosines, *sines;         /* [max_rows][D / 2] */
     float *far_cosines, *far_sines; /* [D / 2] of max_distance */
-    struct segment *segments;   /* [max_runs] of the present wave */
+    struct segment *segments;       /* [max_runs] of the present wave */
     int n_segments;
 
     float linear_off;
@@ -105,27 +108,35 @@ struct layer_job {
     atomic_int next;
 };
 
-static inline struct slot_header *slot_header(const void *slot) { return (struct slot_header *)slot; }
+static inline struct slot_header *slot_header(const void *slot) {
+    return (struct slot_header *)slot;
+}
 struct memory memory_of(const struct attention *a, const void *slot, int layer, int kv_head);
 
 /* ---- memory.c ---- */
 /* Keys that left the exact set by the time the row at this position is answered. */
 int64_t memory_folded(const struct attention *a, int64_t position);
-int memory_cached(const struct attention *a, const struct memory *m); /* places of the cache in use */
-int64_t memory_entry_position(const struct attention *a, const struct memory *m, int entry, int64_t position);
+int memory_cached(const struct attention *a,
+                  const struct memory *m); /* places of the cache in use */
+int64_t memory_entry_position(const struct attention *a, const struct memory *m, int entry,
+                              int64_t position);
 bool memory_clamped(const struct attention *a, int64_t key, int64_t position);
-/* The segment's keys and values of one kv head enter the memory; a block that begins folds and chooses first. */
-void memory_append(const struct layer_job *job, const struct segment *segment, int kv_head, struct scratch *tmp);
+/* The segment's keys and values of one kv head enter the memory; a block that begins folds and
+ * chooses first. */
+void memory_append(const struct layer_job *job, const struct segment *segment, int kv_head,
+                   struct scratch *tmp);
 /* Is this the segment that does the scoring for the next block's choice?  And the scoring. */
 bool memory_scores_in(const struct attention *a, int layer, const struct segment *segment);
-void memory_score_next(const struct attention *a, int layer, const struct segment *segment, int kv_head, struct scratch *tmp);
+void memory_score_next(const struct attention *a, int layer, const struct segment *segment,
+                       int kv_head, struct scratch *tmp);
 
 /* ---- answer.c ---- */
-/* The entries that the row at this position sees: count of spans, ascending; *growing the one whose last entry is the
- * row's own key. */
-int answer_spans(const struct attention *a, const struct memory *m, int64_t position, struct span spans[MAX_SPANS],
-                 int *growing);
-void answer_part(const struct layer_job *job, const struct segment *segment, int kv_head, int part, struct scratch *tmp);
+/* The entries that the row at this position sees: count of spans, ascending; *growing the one whose
+ * last entry is the row's own key. */
+int answer_spans(const struct attention *a, const struct memory *m, int64_t position,
+                 struct span spans[MAX_SPANS], int *growing);
+void answer_part(const struct layer_job *job, const struct segment *segment, int kv_head, int part,
+                 struct scratch *tmp);
 
 /* ---- slot.c ---- */
 void layout_init(struct attention *a);

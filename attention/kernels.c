@@ -1,5 +1,6 @@
-/* kernels.c - the arithmetic of attention, written once in 16 lanes and compiled per instruction family.
- * The order of every sum is stated where the sum is; see kernels.h for why all of it is one product. */
+/* kernels.c - the arithmetic of attention, written once in 16 lanes and compiled per instruction
+ * family. The order of every sum is stated where the sum is; see kernels.h for why all of it is one
+ * product. */
 #include "attention/kernels.h"
 
 #include "compute/ops.h"
@@ -55,34 +56,45 @@ V_FN void block(const int rows, const int vecs, const enum kv_type type, float *
     for (int i = 0; i < n; i++) {
         v16 row[VECS];
 #pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) row[v] = load(b.at, type, (size_t)i * b.row + (size_t)v * b.vec);
+        for (int v = 0; v < vecs; v++)
+            row[v] = load(b.at, type, (size_t)i * b.row + (size_t)v * b.vec);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             v16 weight = v16_set1(a.at[(size_t)r * a.row + (size_t)i * a.step]);
 #pragma GCC unroll 4
-            for (int v = 0; v < vecs; v++) sum[r][v] = v16_fma(weight, row[v], sum[r][v]);
+            for (int v = 0; v < vecs; v++)
+                sum[r][v] = v16_fma(weight, row[v], sum[r][v]);
         }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) v16_store(y + (size_t)r * y_row + v * TILE, sum[r][v]);
+        for (int v = 0; v < vecs; v++)
+            v16_store(y + (size_t)r * y_row + v * TILE, sum[r][v]);
 }
 
 V_FN void block_rows(int rows, const int vecs, const enum kv_type type, float *y, size_t y_row,
                      bool add, struct operand a, struct panel b, int n) {
-    if (ROWS == 4 && rows == 4) block(4, vecs, type, y, y_row, add, a, b, n);
-    else if (ROWS == 4 && rows == 3) block(3, vecs, type, y, y_row, add, a, b, n);
-    else if (rows == 2) block(2, vecs, type, y, y_row, add, a, b, n);
-    else block(1, vecs, type, y, y_row, add, a, b, n);
+    if (ROWS == 4 && rows == 4)
+        block(4, vecs, type, y, y_row, add, a, b, n);
+    else if (ROWS == 4 && rows == 3)
+        block(3, vecs, type, y, y_row, add, a, b, n);
+    else if (rows == 2)
+        block(2, vecs, type, y, y_row, add, a, b, n);
+    else
+        block(1, vecs, type, y, y_row, add, a, b, n);
 }
 
 V_FN void block_vecs(int rows, int vecs, const enum kv_type type, float *y, size_t y_row, bool add,
                      struct operand a, struct panel b, int n) {
-    if (VECS == 4 && vecs == 4) block_rows(rows, 4, type, y, y_row, add, a, b, n);
-    else if (VECS == 4 && vecs == 3) block_rows(rows, 3, type, y, y_row, add, a, b, n);
-    else if (VECS == 4 && vecs == 2) block_rows(rows, 2, type, y, y_row, add, a, b, n);
-    else block_rows(rows, 1, type, y, y_row, add, a, b, n);
+    if (VECS == 4 && vecs == 4)
+        block_rows(rows, 4, type, y, y_row, add, a, b, n);
+    else if (VECS == 4 && vecs == 3)
+        block_rows(rows, 3, type, y, y_row, add, a, b, n);
+    else if (VECS == 4 && vecs == 2)
+        block_rows(rows, 2, type, y, y_row, add, a, b, n);
+    else
+        block_rows(rows, 1, type, y, y_row, add, a, b, n);
 }
 
 /* y[r][16 v ..] (+)= sum_{i < n} a[r][i] b[i][16 v ..], i ascending. */
@@ -95,8 +107,10 @@ static void product(float *y, size_t y_row, bool add, struct operand a, int n_ro
             int rows = n_rows - r < ROWS ? n_rows - r : ROWS;
             float *out = y + (size_t)r * y_row + (size_t)v * TILE;
             struct operand from = {a.at + (size_t)r * a.row, a.row, a.step};
-            if (b.type == KV_BF16) block_vecs(rows, vecs, KV_BF16, out, y_row, add, from, part, n);
-            else block_vecs(rows, vecs, KV_FP32, out, y_row, add, from, part, n);
+            if (b.type == KV_BF16)
+                block_vecs(rows, vecs, KV_BF16, out, y_row, add, from, part, n);
+            else
+                block_vecs(rows, vecs, KV_FP32, out, y_row, add, from, part, n);
         }
     }
 }
@@ -106,13 +120,16 @@ static void product(float *y, size_t y_row, bool add, struct operand a, int n_ro
 static v16 load_first(const float *x, int n, float rest) { /* lanes from n on are rest */
     if (n >= TILE) return v16_load(x);
     float whole[TILE];
-    for (int i = 0; i < TILE; i++) whole[i] = i < n ? x[i] : rest;
+    for (int i = 0; i < TILE; i++)
+        whole[i] = i < n ? x[i] : rest;
     return v16_load(whole);
 }
 
 static void store_first(float *x, v16 a, int n) {
-    if (n >= TILE) v16_store(x, a);
-    else v16_store_part(x, a, n);
+    if (n >= TILE)
+        v16_store(x, a);
+    else
+        v16_store_part(x, a, n);
 }
 
 static float exp1(float x) {
@@ -123,7 +140,8 @@ static float exp1(float x) {
 
 static float dot(const float *a, const float *b, int n_lanes) {
     v16 sum = v16_zero();
-    for (int i = 0; i < n_lanes; i += TILE) sum = v16_fma(v16_load(a + i), v16_load(b + i), sum);
+    for (int i = 0; i < n_lanes; i += TILE)
+        sum = v16_fma(v16_load(a + i), v16_load(b + i), sum);
     return v16_sum(sum);
 }
 
@@ -135,7 +153,8 @@ static void scale(float *x, size_t n, float factor) {
 /* ---- feature maps: u [f_lanes], zeros in pad lanes -> phi [F] ---- */
 
 /* The paper's map (Hedgehog, arXiv:2402.04347):  phi = [exp(u), exp(-u)].
- * A key's u is cut at +-30, so that bad input stays finite; a query's row may be shifted, a key's never. */
+ * A key's u is cut at +-30, so that bad input stays finite; a query's row may be shifted, a key's
+ * never. */
 static void exp_halves(float *phi, const float *u, int f, float shift, float most) {
     for (int half = 0; half < 2; half++) {
         v16 sign = v16_set1(half ? -1 : 1);
@@ -145,13 +164,16 @@ static void exp_halves(float *phi, const float *u, int f, float shift, float mos
         }
     }
 }
-static void exp_key(float *phi, const float *u, int f) { exp_halves(phi, u, f, 0, 30); }
+static void exp_key(float *phi, const float *u, int f) {
+    exp_halves(phi, u, f, 0, 30);
+}
 static void exp_query(float *phi, const float *u, int f, float log_scale) {
     exp_halves(phi, u, f, log_scale, INFINITY);
 }
 static float exp_reach(const float *u, int f) { /* the largest exponent: max |u| */
     v16 most = v16_zero();
-    for (int i = 0; i < f; i += TILE) most = v16_max(v16_abs(v16_load(u + i)), most);
+    for (int i = 0; i < f; i += TILE)
+        most = v16_max(v16_abs(v16_load(u + i)), most);
     return v16_hmax(most);
 }
 
@@ -173,12 +195,14 @@ static float max_times(const float *u, int f, float times) {
     return v16_hmax(most);
 }
 
-/* LoLCATs (arXiv:2410.10254, `softmax_dim`):  phi = [softmax(u), softmax(-u)], at least 1e-12 each. */
+/* LoLCATs (arXiv:2410.10254, `softmax_dim`):  phi = [softmax(u), softmax(-u)], at least 1e-12 each.
+ */
 static void softmax2_key(float *phi, const float *u, int f) {
     for (int half = 0; half < 2; half++) {
         float times = half ? -1 : 1, *out = phi + half * f;
         float sum = exp_shifted(out, u, f, times, max_times(u, f, times));
-        for (int i = 0; i < f; i++) out[i] = fmaxf(out[i] / sum, 1e-12f);
+        for (int i = 0; i < f; i++)
+            out[i] = fmaxf(out[i] / sum, 1e-12f);
     }
 }
 
@@ -187,15 +211,17 @@ static void joint_softmax_key(float *phi, const float *u, int f) {
     float most = 2 * exp_reach(u, f);
     float plus = exp_shifted(phi, u, f, 2, most);
     float sum = plus + exp_shifted(phi + f, u, f, -2, most);
-    for (int i = 0; i < 2 * f; i++) phi[i] /= sum;
+    for (int i = 0; i < 2 * f; i++)
+        phi[i] /= sum;
 }
 
-/* The table of maps.  A map whose features are bounded is its key function alone; one that is not says how far a query's
- * exponents reach, and takes the shift into them. */
+/* The table of maps.  A map whose features are bounded is its key function alone; one that is not
+ * says how far a query's exponents reach, and takes the shift into them. */
 static const struct map {
     void (*key)(float *phi, const float *u, int f);
-    float (*reach)(const float *u, int f);                               /* NULL: bounded */
-    void (*query)(float *phi, const float *u, int f, float log_scale);   /* NULL: key, times exp(log_scale) */
+    float (*reach)(const float *u, int f); /* NULL: bounded */
+    void (*query)(float *phi, const float *u, int f,
+                  float log_scale); /* NULL: key, times exp(log_scale) */
 } maps[] = {
     [MAP_EXP] = {exp_key, exp_reach, exp_query},
     [MAP_SOFTMAX2] = {softmax2_key, NULL, NULL},
@@ -204,7 +230,8 @@ static const struct map {
 
 static void query_features(const struct shape *s, float *phi, const float *u, float log_scale) {
     const struct map *map = &maps[s->map];
-    for (int i = s->features; i < s->phi_lanes; i++) phi[i] = 0;
+    for (int i = s->features; i < s->phi_lanes; i++)
+        phi[i] = 0;
     if (map->query) {
         map->query(phi, u, s->f, log_scale);
         return;
@@ -230,20 +257,23 @@ static void key_features(const struct shape *s, float *phi, const float *x, int 
     project(s, u, x, (size_t)s->head_dim, n, map, bias);
     for (int j = 0; j < n; j++) {
         float *out = phi + (size_t)j * s->phi_lanes;
-        for (int i = s->features; i < s->phi_lanes; i++) out[i] = 0;
+        for (int i = s->features; i < s->phi_lanes; i++)
+            out[i] = 0;
         maps[s->map].key(out, u + (size_t)j * s->f_lanes, s->f);
     }
 }
 
 /* ---- the state ---- */
 
-static void fold(const struct shape *s, float *S, float *z, const float *phi, const float *v, int n) {
+static void fold(const struct shape *s, float *S, float *z, const float *phi, const float *v,
+                 int n) {
     struct operand transposed = {phi, 1, (size_t)s->phi_lanes};
     product(S, (size_t)s->lanes, true, transposed, s->features, panel_fp32(v, s->lanes), n,
             s->lanes / TILE);
     for (int j = 0; j < n; j++)
         for (int i = 0; i < s->phi_lanes; i += TILE)
-            v16_store(z + i, v16_add(v16_load(z + i), v16_load(phi + (size_t)j * s->phi_lanes + i)));
+            v16_store(z + i,
+                      v16_add(v16_load(z + i), v16_load(phi + (size_t)j * s->phi_lanes + i)));
 }
 
 static void self_recall(const struct shape *s, float *error, float *recalled, const float *S,
@@ -265,22 +295,24 @@ static void self_recall(const struct shape *s, float *error, float *recalled, co
 
 /* ---- rows ---- */
 
-static void rotate(float *y, const float *x, const float *cosines, const float *sines, int head_dim) {
+static void rotate(float *y, const float *x, const float *cosines, const float *sines,
+                   int head_dim) {
     rope_rotate(y, x, cosines, sines, head_dim);
 }
 
 /* Entries no row may see weigh nothing: exp(-inf) is 0. */
 static void hide(float *scores, int from, int to) {
-    for (int e = from; e < to; e++) scores[e] = -INFINITY;
+    for (int e = from; e < to; e++)
+        scores[e] = -INFINITY;
 }
 
-struct stretch { /* the tiles that hold all spans of a question */
+struct stretch {              /* the tiles that hold all spans of a question */
     int first, count, stride; /* stride: floats from one query's scores to the next */
 };
 
 /* scores[i][e - 16 first] = q_i . k_e, unscaled: clamped entries against q at max_distance. */
-static void score(const struct shape *s, const struct question *ask, const struct answer_scratch *tmp,
-                  struct stretch tiles) {
+static void score(const struct shape *s, const struct question *ask,
+                  const struct answer_scratch *tmp, struct stretch tiles) {
     int n = ask->n_rows * ask->n_heads, D = s->head_dim, clamped_tiles = ask->n_clamped / TILE;
     struct operand turned = {tmp->turned, (size_t)D, 1}, far = {tmp->far, (size_t)D, 1};
     struct panel keys = {ask->keys, s->kv_type, TILE, (size_t)D * TILE};
@@ -330,11 +362,12 @@ static v16 weights(float *scores, struct stretch tiles, float shift, float facto
     return sum;
 }
 
-/* How a row's exact and linear terms are brought on one scale: exact terms are factor exp(l - shift), linear ones
- * exp(log_scale) phi_q.phi_k.
+/* How a row's exact and linear terms are brought on one scale: exact terms are factor exp(l -
+ * shift), linear ones exp(log_scale) phi_q.phi_k.
  *
  * unified   exp(l - m) and exp(c_h - m) phi_q.phi_k; m cancels, and keeps both finite
- * lolcats   sigmoid(omega_h) exp(l - max l) and phi_q.phi_k; the same factor exp(-reach) on both keeps exp maps finite */
+ * lolcats   sigmoid(omega_h) exp(l - max l) and phi_q.phi_k; the same factor exp(-reach) on both
+ * keeps exp maps finite */
 struct scales {
     float shift, factor, log_scale;
 };
@@ -352,8 +385,10 @@ static struct scales mix(const struct shape *s, const struct question *ask, int 
     return (struct scales){m, 1, c - m};
 }
 
-static void answer(const struct shape *s, const struct question *ask, const struct answer_scratch *tmp) {
-    int D = s->head_dim, half = D / 2, R = ask->n_rows, n = R * ask->n_heads; /* query i = h R + r */
+static void answer(const struct shape *s, const struct question *ask,
+                   const struct answer_scratch *tmp) {
+    int D = s->head_dim, half = D / 2, R = ask->n_rows,
+        n = R * ask->n_heads; /* query i = h R + r */
     struct stretch tiles = {0};
     if (ask->n_spans) {
         struct span last = ask->spans[ask->n_spans - 1];
@@ -419,7 +454,8 @@ static void answer(const struct shape *s, const struct question *ask, const stru
         float *y = ask->y + (size_t)(i % R) * ask->y_row + (size_t)(i / R) * D;
         v16 norm = v16_set1(total[i] + 1e-30f);
         for (int d = 0; d < D; d += TILE) {
-            /* + 0: a row that passed over entries of weight 0 may hold -0 where one that did not holds +0 */
+            /* + 0: a row that passed over entries of weight 0 may hold -0 where one that did not
+             * holds +0 */
             v16 sum = v16_add(v16_load(tmp->y + (size_t)i * lanes + d), v16_zero());
             store_first(y + d, v16_div(sum, norm), D - d);
         }
@@ -431,7 +467,9 @@ static void answer(const struct shape *s, const struct question *ask, const stru
 static float round_to(enum kv_type type, float x) {
     return type == KV_BF16 ? bf16_float(bf16_round(x)) : x;
 }
-static float round_value(const struct shape *s, float x) { return round_to(s->kv_type, x); }
+static float round_value(const struct shape *s, float x) {
+    return round_to(s->kv_type, x);
+}
 
 static size_t column(const struct shape *s, int entry) {
     return (size_t)(entry / TILE) * s->head_dim * TILE + (size_t)(entry % TILE);
@@ -440,28 +478,34 @@ static size_t column(const struct shape *s, int entry) {
 static void write_key(const struct shape *s, void *keys, int entry, const float *x) {
     size_t at = column(s, entry);
     for (int d = 0; d < s->head_dim; d++, at += TILE)
-        if (s->kv_type == KV_BF16) ((uint16_t *)keys)[at] = bf16_round(x[d]);
-        else ((float *)keys)[at] = x[d];
+        if (s->kv_type == KV_BF16)
+            ((uint16_t *)keys)[at] = bf16_round(x[d]);
+        else
+            ((float *)keys)[at] = x[d];
 }
 
 static void read_key(const struct shape *s, float *x, const void *keys, int entry) {
     size_t at = column(s, entry);
     for (int d = 0; d < s->head_dim; d++, at += TILE)
-        x[d] = s->kv_type == KV_BF16 ? bf16_float(((const uint16_t *)keys)[at]) : ((const float *)keys)[at];
+        x[d] = s->kv_type == KV_BF16 ? bf16_float(((const uint16_t *)keys)[at])
+                                     : ((const float *)keys)[at];
 }
 
 static void write_value(const struct shape *s, void *values, int entry, const float *v) {
     size_t at = (size_t)entry * s->lanes;
     for (int d = 0; d < s->lanes; d += TILE) {
         v16 x = load_first(v + d, s->head_dim - d, 0);
-        if (s->kv_type == KV_BF16) v16_store_bf16((uint16_t *)values + at + d, x);
-        else v16_store((float *)values + at + d, x);
+        if (s->kv_type == KV_BF16)
+            v16_store_bf16((uint16_t *)values + at + d, x);
+        else
+            v16_store((float *)values + at + d, x);
     }
 }
 
 static void read_value(const struct shape *s, float *v, const void *values, int entry) {
     size_t at = (size_t)entry * s->lanes;
-    for (int d = 0; d < s->lanes; d += TILE) v16_store(v + d, load(values, s->kv_type, at + d));
+    for (int d = 0; d < s->lanes; d += TILE)
+        v16_store(v + d, load(values, s->kv_type, at + d));
 }
 
 #define TABLE_OF(isa) TABLE_NAME(isa)

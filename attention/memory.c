@@ -1,13 +1,17 @@
-/* memory.c - what a sequence remembers: exact keys and values, the recall cache, and the state everything else is folded into.
+/* memory.c - what a sequence remembers: exact keys and values, the recall cache, and the state
+ * everything else is folded into.
  *
- * Terraced windows work in blocks of w positions.  Before the first row of block b >= 2, block b - 2 leaves the window: its keys
- * and those in the cache are candidates, the state is asked to recall each one's value from its own key,
+ * Terraced windows work in blocks of w positions.  Before the first row of block b >= 2, block b -
+ * 2 leaves the window: its keys and those in the cache are candidates, the state is asked to recall
+ * each one's value from its own key,
  *
- *   S' = S + sum_{j in cand} phi_k(k'_j) [v_j, 1]^T     r_j = S'^T phi_k(k'_j)     e_j = || r_j[0:D] / r_j[D] - v_j ||^2
+ *   S' = S + sum_{j in cand} phi_k(k'_j) [v_j, 1]^T     r_j = S'^T phi_k(k'_j)     e_j = ||
+ * r_j[0:D] / r_j[D] - v_j ||^2
  *
- * the worst recalled stay in the cache and the others are folded into S.  (LoLA, arXiv:2505.23666; ours: places for recent keys, and
- * a horizon.)  The scoring is 200 times the work of a row, and its inputs are complete one block earlier: so each layer
- * does its own at another row of block b - 1.  Whoever comes to block b without scores computes them there, to the same bits. */
+ * the worst recalled stay in the cache and the others are folded into S.  (LoLA, arXiv:2505.23666;
+ * ours: places for recent keys, and a horizon.)  The scoring is 200 times the work of a row, and
+ * its inputs are complete one block earlier: so each layer does its own at another row of block b
+ * - 1.  Whoever comes to block b without scores computes them there, to the same bits. */
 #include "attention/internal.h"
 
 #include <math.h>
@@ -26,8 +30,8 @@ int64_t memory_folded(const struct attention *a, int64_t position) {
     return left > 0 ? left : 0;
 }
 
-/* What S and z are multiplied by when the number of keys ever folded grows from before to after: beyond the horizon
- * the state forgets, so that it stays an average over that many keys. */
+/* What S and z are multiplied by when the number of keys ever folded grows from before to after:
+ * beyond the horizon the state forgets, so that it stays an average over that many keys. */
 static float forgetting(const struct attention *a, int64_t before, int64_t after) {
     int64_t horizon = a->config.horizon;
     if (!horizon || after <= horizon) return 1;
@@ -37,12 +41,14 @@ static float forgetting(const struct attention *a, int64_t before, int64_t after
 
 int memory_cached(const struct attention *a, const struct memory *m) {
     int n = 0;
-    while (n < a->layout.cache && m->positions[n] >= 0) n++;
+    while (n < a->layout.cache && m->positions[n] >= 0)
+        n++;
     return n;
 }
 
 /* The position of the key at an entry in use, as of the row at position. */
-int64_t memory_entry_position(const struct attention *a, const struct memory *m, int entry, int64_t position) {
+int64_t memory_entry_position(const struct attention *a, const struct memory *m, int entry,
+                              int64_t position) {
     const struct layout *l = &a->layout;
     if (entry < l->sinks) return entry;
     if (entry < l->sinks + l->cache) return m->positions[entry - l->sinks];
@@ -68,11 +74,15 @@ static size_t element_bytes(const struct attention *a) {
     return a->config.kv_type == KV_BF16 ? sizeof(uint16_t) : sizeof(float);
 }
 
-static void copy_column(const struct attention *a, void *to_keys, int to, const void *from_keys, int from) {
-    size_t size = element_bytes(a), tile = (size_t)a->shape.head_dim * TILE * size, step = TILE * size;
+static void copy_column(const struct attention *a, void *to_keys, int to, const void *from_keys,
+                        int from) {
+    size_t size = element_bytes(a), tile = (size_t)a->shape.head_dim * TILE * size,
+           step = TILE * size;
     char *dst = (char *)to_keys + (size_t)(to / TILE) * tile + (size_t)(to % TILE) * size;
-    const char *src = (const char *)from_keys + (size_t)(from / TILE) * tile + (size_t)(from % TILE) * size;
-    for (int d = 0; d < a->shape.head_dim; d++, dst += step, src += step) memcpy(dst, src, size);
+    const char *src =
+        (const char *)from_keys + (size_t)(from / TILE) * tile + (size_t)(from % TILE) * size;
+    for (int d = 0; d < a->shape.head_dim; d++, dst += step, src += step)
+        memcpy(dst, src, size);
 }
 
 static void move_entry(const struct attention *a, struct memory *m, int to, int from) {
@@ -84,13 +94,15 @@ static void move_entry(const struct attention *a, struct memory *m, int to, int 
 }
 
 /* Stores a row's key and value.  The copy that scores is rotated from k' as it was rounded. */
-static void write_entry(const struct layer_job *job, struct memory *m, int entry, int row, int kv_head, struct scratch *tmp) {
+static void write_entry(const struct layer_job *job, struct memory *m, int entry, int row,
+                        int kv_head, struct scratch *tmp) {
     const struct attention *a = job->a;
     const struct attention_kernels *use = a->kernels;
     const struct shape *s = &a->shape;
     int D = s->head_dim;
     const float *k = job->k + (size_t)row * job->k_row + (size_t)kv_head * D;
-    const float *cosines = a->cosines + (size_t)row * (D / 2), *sines = a->sines + (size_t)row * (D / 2);
+    const float *cosines = a->cosines + (size_t)row * (D / 2),
+                *sines = a->sines + (size_t)row * (D / 2);
     if (a->rope && !s->map_before_rope) {
         use->rotate(tmp->x, k, cosines, sines, D);
         k = tmp->x;
@@ -105,21 +117,26 @@ static void write_entry(const struct layer_job *job, struct memory *m, int entry
 }
 
 /* An entry as row j of tmp->x and tmp->v, in fp32. */
-static void read_entry(const struct attention *a, const struct memory *m, int entry, int j, struct scratch *tmp) {
+static void read_entry(const struct attention *a, const struct memory *m, int entry, int j,
+                       struct scratch *tmp) {
     a->kernels->read_key(&a->shape, tmp->x + (size_t)j * a->shape.head_dim, m->keys, entry);
     a->kernels->read_value(&a->shape, tmp->v + (size_t)j * a->shape.lanes, m->values, entry);
 }
 
-/* phi_k of the n keys in tmp->x under state head h of kv_head: the one place where features of keys are made. */
-static void key_features(const struct attention *a, int layer, int kv_head, int h, int n, struct scratch *tmp) {
+/* phi_k of the n keys in tmp->x under state head h of kv_head: the one place where features of keys
+ * are made. */
+static void key_features(const struct attention *a, int layer, int kv_head, int h, int n,
+                         struct scratch *tmp) {
     const struct attention_weights *w = &a->weights[layer];
     size_t head = (size_t)kv_head * a->state_heads + h;
-    a->kernels->key_features(&a->shape, tmp->phi, tmp->x, n, w->map_k + head * a->shape.head_dim * a->shape.f_lanes,
-                             w->map_k_bias ? w->map_k_bias + head * a->shape.f_lanes : NULL, tmp->u);
+    a->kernels->key_features(
+        &a->shape, tmp->phi, tmp->x, n, w->map_k + head * a->shape.head_dim * a->shape.f_lanes,
+        w->map_k_bias ? w->map_k_bias + head * a->shape.f_lanes : NULL, tmp->u);
 }
 
 /* Folds the n keys and values in tmp into every state of the kv head; then the horizon. */
-static void fold(const struct attention *a, int layer, int kv_head, struct memory *m, int n, float forget, struct scratch *tmp) {
+static void fold(const struct attention *a, int layer, int kv_head, struct memory *m, int n,
+                 float forget, struct scratch *tmp) {
     for (int h = 0; h < a->state_heads; h++) {
         float *S = m->state + (size_t)h * a->layout.state_floats;
         key_features(a, layer, kv_head, h, n, tmp);
@@ -130,21 +147,25 @@ static void fold(const struct attention *a, int layer, int kv_head, struct memor
 
 /* ---- the choice of the cache ---- */
 
-/* The entries of candidates for block b, ascending positions: the cache, then block b - 2 less the sinks. */
+/* The entries of candidates for block b, ascending positions: the cache, then block b - 2 less the
+ * sinks. */
 static int candidates(const struct attention *a, const struct memory *m, int64_t b, int *entry) {
     const struct layout *l = &a->layout;
     int w = a->config.window_size, n = 0, cached = memory_cached(a, m);
     int half = l->sinks + l->cache + (int)(b % 2) * w;
-    for (int i = 0; i < cached; i++) entry[n++] = l->sinks + i;
-    for (int i = b == 2 ? l->sinks : 0; i < w; i++) entry[n++] = half + i;
+    for (int i = 0; i < cached; i++)
+        entry[n++] = l->sinks + i;
+    for (int i = b == 2 ? l->sinks : 0; i < w; i++)
+        entry[n++] = half + i;
     return n;
 }
 
 /* error[n] = e_j of each candidate, summed over the group's states. */
-static void self_recall(const struct attention *a, int layer, int kv_head, const struct memory *m, const int *entry, int n,
-                        float *error, struct scratch *tmp) {
+static void self_recall(const struct attention *a, int layer, int kv_head, const struct memory *m,
+                        const int *entry, int n, float *error, struct scratch *tmp) {
     const struct layout *l = &a->layout;
-    for (int j = 0; j < n; j++) read_entry(a, m, entry[j], j, tmp);
+    for (int j = 0; j < n; j++)
+        read_entry(a, m, entry[j], j, tmp);
     memset(error, 0, (size_t)n * sizeof *error);
     for (int h = 0; h < a->state_heads; h++) {
         float *S = tmp->state, *z = S + l->S_floats;
@@ -168,13 +189,15 @@ static void keep_largest(bool *keep, const double *score, int n, int count) {
     }
 }
 
-static void choose(const struct attention *a, const int64_t *position, const float *error, int n, int64_t start, bool *keep,
-                   double *score) {
+static void choose(const struct attention *a, const int64_t *position, const float *error, int n,
+                   int64_t start, bool *keep, double *score) {
     const struct attention_config *c = &a->config;
-    for (int j = 0; j < n; j++) score[j] = error[j];
+    for (int j = 0; j < n; j++)
+        score[j] = error[j];
     keep_largest(keep, score, n, c->cache_size - c->cache_recent);
     if (!c->cache_recent) return;
-    for (int j = 0; j < n; j++) score[j] /= 1 + (double)(start - position[j]) / c->cache_age;
+    for (int j = 0; j < n; j++)
+        score[j] /= 1 + (double)(start - position[j]) / c->cache_age;
     keep_largest(keep, score, n, c->cache_recent);
 }
 
@@ -191,7 +214,8 @@ static bool contains(const int64_t *set, int n, int64_t x) {
 }
 
 /* Marks what stays in the cache of block b among the n candidates in tmp. */
-static void mark_kept(const struct attention *a, int layer, int kv_head, struct memory *m, int64_t b, int n, struct scratch *tmp) {
+static void mark_kept(const struct attention *a, int layer, int kv_head, struct memory *m,
+                      int64_t b, int n, struct scratch *tmp) {
     int size = a->config.cache_size;
     const int64_t *imposed = imposed_set(a, layer, kv_head, b);
     for (int j = 0; j < n; j++)
@@ -204,14 +228,16 @@ static void mark_kept(const struct attention *a, int layer, int kv_head, struct 
     choose(a, tmp->position, m->scores, n, b * a->config.window_size, tmp->keep, tmp->rank);
 }
 
-/* Before the first row of block b: sinks become entries of their own, the cache is chosen, the others are folded, and
- * keys that are now too far are clamped. */
-static void begin_block(const struct attention *a, int layer, int kv_head, struct memory *m, int64_t b, struct scratch *tmp) {
+/* Before the first row of block b: sinks become entries of their own, the cache is chosen, the
+ * others are folded, and keys that are now too far are clamped. */
+static void begin_block(const struct attention *a, int layer, int kv_head, struct memory *m,
+                        int64_t b, struct scratch *tmp) {
     const struct layout *l = &a->layout;
     int64_t w = a->config.window_size, start = b * w;
     if (b < 2) return;
     int n = candidates(a, m, b, tmp->entry);
-    for (int j = 0; j < n; j++) tmp->position[j] = memory_entry_position(a, m, tmp->entry[j], start - 1);
+    for (int j = 0; j < n; j++)
+        tmp->position[j] = memory_entry_position(a, m, tmp->entry[j], start - 1);
     mark_kept(a, layer, kv_head, m, b, n, tmp);
 
     int n_fold = 0, n_kept = 0, *entry = tmp->entry;
@@ -221,13 +247,16 @@ static void begin_block(const struct attention *a, int layer, int kv_head, struc
     if (n_fold) fold(a, layer, kv_head, m, n_fold, forget, tmp);
 
     if (b == 2)
-        for (int i = 0; i < l->sinks; i++) move_entry(a, m, i, l->sinks + l->cache + i);
+        for (int i = 0; i < l->sinks; i++)
+            move_entry(a, m, i, l->sinks + l->cache + i);
     for (int j = 0; j < n; j++)
         if (tmp->keep[j]) {
-            move_entry(a, m, l->sinks + n_kept, entry[j]); /* never past an entry that is still to move */
+            move_entry(a, m, l->sinks + n_kept,
+                       entry[j]); /* never past an entry that is still to move */
             m->positions[n_kept++] = tmp->position[j];
         }
-    for (int i = n_kept; i < l->cache; i++) m->positions[i] = -1;
+    for (int i = n_kept; i < l->cache; i++)
+        m->positions[i] = -1;
 
     for (int e = 0; e < l->sinks + n_kept; e++) {
         int64_t key = memory_entry_position(a, m, e, start);
@@ -236,8 +265,10 @@ static void begin_block(const struct attention *a, int layer, int kv_head, struc
     }
 }
 
-/* Sliding windows: the key that the row at position pushes out becomes a sink entry or is folded. */
-static void leave_window(const struct attention *a, int layer, int kv_head, struct memory *m, int64_t position, struct scratch *tmp) {
+/* Sliding windows: the key that the row at position pushes out becomes a sink entry or is folded.
+ */
+static void leave_window(const struct attention *a, int layer, int kv_head, struct memory *m,
+                         int64_t position, struct scratch *tmp) {
     const struct layout *l = &a->layout;
     int64_t w = a->config.window_size, key = position - w;
     int place = l->sinks + (int)(position % w);
@@ -245,7 +276,8 @@ static void leave_window(const struct attention *a, int layer, int kv_head, stru
         move_entry(a, m, (int)key, place);
     } else if (key >= 0) {
         read_entry(a, m, place, 0, tmp);
-        fold(a, layer, kv_head, m, 1, forgetting(a, memory_folded(a, position - 1), memory_folded(a, position)), tmp);
+        fold(a, layer, kv_head, m, 1,
+             forgetting(a, memory_folded(a, position - 1), memory_folded(a, position)), tmp);
     }
     for (int e = 0; e < l->sinks && e <= key; e++) {
         bool was = e < key && memory_clamped(a, e, position - 1);
@@ -253,15 +285,18 @@ static void leave_window(const struct attention *a, int layer, int kv_head, stru
     }
 }
 
-/* No window: the row's own key goes into the state at once, by way of the one entry there is, which rounds it. */
-static void fold_own(const struct layer_job *job, int row, int kv_head, struct memory *m, int64_t position, struct scratch *tmp) {
+/* No window: the row's own key goes into the state at once, by way of the one entry there is, which
+ * rounds it. */
+static void fold_own(const struct layer_job *job, int row, int kv_head, struct memory *m,
+                     int64_t position, struct scratch *tmp) {
     const struct attention *a = job->a;
     write_entry(job, m, 0, row, kv_head, tmp);
     read_entry(a, m, 0, 0, tmp);
     fold(a, job->layer, kv_head, m, 1, forgetting(a, position, position + 1), tmp);
 }
 
-void memory_append(const struct layer_job *job, const struct segment *segment, int kv_head, struct scratch *tmp) {
+void memory_append(const struct layer_job *job, const struct segment *segment, int kv_head,
+                   struct scratch *tmp) {
     const struct attention *a = job->a;
     const struct layout *l = &a->layout;
     struct memory m = memory_of(a, a->runs[segment->run].slot, job->layer, kv_head);
@@ -277,14 +312,16 @@ void memory_append(const struct layer_job *job, const struct segment *segment, i
             fold_own(job, row, kv_head, &m, position, tmp);
             continue;
         }
-        if (hedgehog && rule == WINDOW_SLIDING) leave_window(a, job->layer, kv_head, &m, position, tmp);
+        if (hedgehog && rule == WINDOW_SLIDING)
+            leave_window(a, job->layer, kv_head, &m, position, tmp);
         write_entry(job, &m, l->sinks + l->cache + (int)(position % l->ring), row, kv_head, tmp);
     }
 }
 
 bool memory_scores_in(const struct attention *a, int layer, const struct segment *segment) {
     const struct attention_config *c = &a->config;
-    if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED || !c->cache_size) return false;
+    if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED || !c->cache_size)
+        return false;
     int64_t w = c->window_size, next = segment->position / w + 1;
     /* candidates of block next: less than or as many as fit are kept unseen */
     if ((next - 1) * w - c->sinks <= c->cache_size || imposed_set(a, layer, 0, next)) return false;
@@ -292,7 +329,8 @@ bool memory_scores_in(const struct attention *a, int layer, const struct segment
     return row >= 0 && row < segment->n_rows;
 }
 
-void memory_score_next(const struct attention *a, int layer, const struct segment *segment, int kv_head, struct scratch *tmp) {
+void memory_score_next(const struct attention *a, int layer, const struct segment *segment,
+                       int kv_head, struct scratch *tmp) {
     struct memory m = memory_of(a, a->runs[segment->run].slot, layer, kv_head);
     int64_t next = segment->position / a->config.window_size + 1;
     int n = candidates(a, &m, next, tmp->entry);
@@ -303,27 +341,33 @@ void memory_score_next(const struct attention *a, int layer, const struct segmen
 
 /* ---- looking in, for evaluation and tests ---- */
 
-void attention_set_linear(struct attention *a, bool on) { a->linear_off = on ? 0 : -60; }
+void attention_set_linear(struct attention *a, bool on) {
+    a->linear_off = on ? 0 : -60;
+}
 
 void attention_impose_cache(struct attention *a, const int64_t *sets, int n_blocks) {
     a->imposed = sets;
     a->imposed_blocks = n_blocks;
 }
 
-int attention_cache_positions(const struct attention *a, const void *slot, int layer, int kv_head, int64_t *out) {
+int attention_cache_positions(const struct attention *a, const void *slot, int layer, int kv_head,
+                              int64_t *out) {
     struct memory m = memory_of(a, slot, layer, kv_head);
     int n = memory_cached(a, &m);
-    for (int i = 0; i < n; i++) out[i] = m.positions[i];
+    for (int i = 0; i < n; i++)
+        out[i] = m.positions[i];
     return n;
 }
 
-int attention_cache_scores(const struct attention *a, const void *slot, int layer, int kv_head, int64_t *positions, float *errors) {
+int attention_cache_scores(const struct attention *a, const void *slot, int layer, int kv_head,
+                           int64_t *positions, float *errors) {
     struct memory m = memory_of(a, slot, layer, kv_head);
     struct scratch *tmp = a->scratch;
     int64_t position = slot_header(slot)->position, b = position / a->config.window_size;
     if (b < 2) return 0;
     int n = candidates(a, &m, b, tmp->entry);
-    for (int j = 0; j < n; j++) positions[j] = memory_entry_position(a, &m, tmp->entry[j], position - 1);
+    for (int j = 0; j < n; j++)
+        positions[j] = memory_entry_position(a, &m, tmp->entry[j], position - 1);
     self_recall(a, layer, kv_head, &m, tmp->entry, n, errors, tmp);
     return n;
 }

@@ -10,8 +10,8 @@ struct rope {
     double theta[]; /* [half] radians per position */
 };
 
-/* Llama 3.1: long wavelengths are stretched by factor, short ones are left, and a ramp joins them (as in
- * Hugging Face transformers, modeling_rope_utils.py, _compute_llama3_parameters). */
+/* Llama 3.1: long wavelengths are stretched by factor, short ones are left, and a ramp joins them
+ * (as in Hugging Face transformers, modeling_rope_utils.py, _compute_llama3_parameters). */
 static double llama3_theta(double theta, const struct rope_config *c) {
     double turns = c->original_context * theta / (2 * M_PI); /* within the original context */
     if (turns < c->low_freq_factor) return theta / c->factor;
@@ -20,15 +20,19 @@ static double llama3_theta(double theta, const struct rope_config *c) {
     return (1 - keep) * theta / c->factor + keep * theta;
 }
 
-static bool positive(double x) { return isfinite(x) && x > 0; }
+static bool positive(double x) {
+    return isfinite(x) && x > 0;
+}
 
 static enum err check(const struct rope_config *c, char *msg, size_t msg_len) {
     if (c->head_dim < 2 || c->head_dim % 2)
-        return err_set(msg, msg_len, ERR_FORMAT, "RoPE needs an even head_dim, not %d", c->head_dim);
+        return err_set(msg, msg_len, ERR_FORMAT, "RoPE needs an even head_dim, not %d",
+                       c->head_dim);
     if (!positive(c->base))
         return err_set(msg, msg_len, ERR_FORMAT, "RoPE base must be positive, not %g", c->base);
     if (c->scaling != ROPE_SCALING_NONE && !positive(c->factor))
-        return err_set(msg, msg_len, ERR_FORMAT, "RoPE scaling factor must be positive, not %g", c->factor);
+        return err_set(msg, msg_len, ERR_FORMAT, "RoPE scaling factor must be positive, not %g",
+                       c->factor);
     if (c->scaling == ROPE_SCALING_LLAMA3 &&
         !(positive(c->low_freq_factor) && isfinite(c->high_freq_factor) &&
           c->high_freq_factor > c->low_freq_factor && positive(c->original_context)))
@@ -38,8 +42,9 @@ static enum err check(const struct rope_config *c, char *msg, size_t msg_len) {
                        c->low_freq_factor, c->high_freq_factor, c->original_context);
     for (int i = 0; c->freq_factors && i < c->head_dim / 2; i++)
         if (!positive(c->freq_factors[i]))
-            return err_set(msg, msg_len, ERR_FORMAT, "RoPE frequency factor %d must be positive, not %g",
-                           i, c->freq_factors[i]);
+            return err_set(msg, msg_len, ERR_FORMAT,
+                           "RoPE frequency factor %d must be positive, not %g", i,
+                           c->freq_factors[i]);
     return OK;
 }
 
@@ -61,7 +66,9 @@ enum err rope_new(struct rope **out, const struct rope_config *config, char *msg
     return OK;
 }
 
-void rope_free(struct rope *rope) { free(rope); }
+void rope_free(struct rope *rope) {
+    free(rope);
+}
 
 void rope_angles(const struct rope *rope, int64_t position, float *cosines, float *sines) {
     for (int i = 0; i < rope->half; i++) {

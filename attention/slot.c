@@ -1,6 +1,7 @@
 /* slot.c - one sequence's block of memory: where everything lies, and clear, copy, save, load.
  *
- * A slot's used entries follow from its position, so what an earlier owner left elsewhere is never read; a saved state has zeros there. */
+ * A slot's used entries follow from its position, so what an earlier owner left elsewhere is never
+ * read; a saved state has zeros there. */
 #include "attention/internal.h"
 
 #include <inttypes.h>
@@ -9,7 +10,9 @@
 static const char MAGIC[8] = "urchinS";
 enum { STATE_VERSION = 1 };
 
-static size_t align(size_t bytes) { return (bytes + 63) / 64 * 64; }
+static size_t align(size_t bytes) {
+    return (bytes + 63) / 64 * 64;
+}
 
 static size_t element_bytes(const struct attention *a) {
     return a->config.kv_type == KV_BF16 ? sizeof(uint16_t) : sizeof(float);
@@ -22,14 +25,16 @@ void layout_init(struct attention *a) {
     size_t heads = (size_t)a->n_layers * c->n_kv_heads, element = element_bytes(a);
     l->sinks = c->sinks;
     l->cache = c->cache_size;
-    l->ring = softmax ? (int)c->max_seq_len : c->window == WINDOW_TERRACED ? 2 * c->window_size : c->window_size;
+    l->ring = softmax                        ? (int)c->max_seq_len
+              : c->window == WINDOW_TERRACED ? 2 * c->window_size
+                                             : c->window_size;
     l->entries = l->sinks + l->cache + l->ring;
     if (l->entries == 0) l->entries = 1; /* where a key is rounded on its way into the state */
     l->tiles = round_up(l->entries, TILE) / TILE;
     l->S_floats = softmax ? 0 : (size_t)a->shape.features * a->shape.lanes;
     l->state_floats = softmax ? 0 : l->S_floats + a->shape.phi_lanes;
-    l->keys_bytes = align((size_t)l->tiles * TILE * a->shape.head_dim * element);
-    l->values_bytes = align((size_t)l->entries * a->shape.lanes * element);
+    l->keys_bytes = (size_t)l->tiles * TILE * a->shape.head_dim * element;
+    l->values_bytes = (size_t)l->entries * a->shape.lanes * element;
 
     l->states = sizeof(struct slot_header);
     l->keys = l->states + heads * a->state_heads * l->state_floats * sizeof(float);
@@ -40,7 +45,8 @@ void layout_init(struct attention *a) {
     bool rotated_later = a->rope && c->map_before_rope && l->ring;
     l->turned = rotated_later ? l->sequence_bytes : l->keys;
     l->scores = l->sequence_bytes + (rotated_later ? heads * l->keys_bytes : 0);
-    l->scored = align(l->scores + (l->cache ? heads * (size_t)(l->cache + c->window_size) * sizeof(float) : 0));
+    l->scored = align(l->scores +
+                      (l->cache ? heads * (size_t)(l->cache + c->window_size) * sizeof(float) : 0));
     l->slot_bytes = align(l->scored + heads * sizeof(int64_t));
 }
 
@@ -59,7 +65,9 @@ struct memory memory_of(const struct attention *a, const void *slot, int layer, 
     };
 }
 
-size_t attention_slot_bytes(const struct attention *a) { return a->layout.slot_bytes; }
+size_t attention_slot_bytes(const struct attention *a) {
+    return a->layout.slot_bytes;
+}
 
 int64_t attention_slot_position(const struct attention *a, const void *slot) {
     (void)a;
@@ -83,7 +91,8 @@ void attention_slot_clear(const struct attention *a, void *slot) {
 
 /* ---- copies ---- */
 
-/* A softmax sequence is as long as its text: of each head, whole tiles of keys, and rows of values. */
+/* A softmax sequence is as long as its text: of each head, whole tiles of keys, and rows of values.
+ */
 static size_t softmax_keys_bytes(const struct attention *a, int64_t position) {
     return (size_t)((position + TILE - 1) / TILE) * TILE * a->shape.head_dim * element_bytes(a);
 }
@@ -119,7 +128,8 @@ static void scrub_keys(const struct attention *a, void *keys, int first, int end
     size_t size = element_bytes(a), D = (size_t)a->shape.head_dim;
     for (int e = first; e < end; e++) {
         char *column = (char *)keys + ((size_t)(e / TILE) * D * TILE + (size_t)(e % TILE)) * size;
-        for (size_t d = 0; d < D; d++) memset(column + d * TILE * size, 0, size);
+        for (size_t d = 0; d < D; d++)
+            memset(column + d * TILE * size, 0, size);
     }
 }
 static void scrub_values(const struct attention *a, void *values, int first, int end) {
@@ -177,29 +187,36 @@ static bool finite_kv(const struct attention *a, const void *x, size_t bytes) {
     if (a->config.kv_type == KV_FP32) return finite_fp32(x, bytes / sizeof(float));
     const uint16_t *h = x;
     uint32_t bad = 0;
-    for (size_t i = 0; i < bytes / sizeof *h; i++) bad |= (h[i] & 0x7f80u) == 0x7f80u;
+    for (size_t i = 0; i < bytes / sizeof *h; i++)
+        bad |= (h[i] & 0x7f80u) == 0x7f80u;
     return !bad;
 }
 
-static enum err check_header(const struct attention *a, const struct slot_header *h, size_t bytes, char *msg, size_t msg_len) {
+static enum err check_header(const struct attention *a, const struct slot_header *h, size_t bytes,
+                             char *msg, size_t msg_len) {
     if (memcmp(h->magic, MAGIC, sizeof MAGIC) != 0)
         return err_set(msg, msg_len, ERR_FORMAT, "these bytes are not a saved sequence state");
     if (h->version != STATE_VERSION)
-        return err_set(msg, msg_len, ERR_FORMAT, "saved state has format version %" PRIu32 ", this program reads %d",
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "saved state has format version %" PRIu32 ", this program reads %d",
                        h->version, STATE_VERSION);
     if (h->fingerprint != a->fingerprint)
-        return err_set(msg, msg_len, ERR_FORMAT, "saved state comes from a model with other attention settings");
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "saved state comes from a model with other attention settings");
     int64_t most = a->config.kind == ATTENTION_SOFTMAX ? a->config.max_seq_len : INT64_MAX / 2;
     if (h->position < 0 || h->position > most)
-        return err_set(msg, msg_len, ERR_FORMAT, "saved state claims position %" PRId64 ", possible are 0 to %" PRId64,
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "saved state claims position %" PRId64 ", possible are 0 to %" PRId64,
                        h->position, most);
     if (bytes != attention_state_bytes(a, h->position))
-        return err_set(msg, msg_len, ERR_FORMAT, "saved state has %zu bytes, at position %" PRId64 " it must have %zu",
-                       bytes, h->position, attention_state_bytes(a, h->position));
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "saved state has %zu bytes, at position %" PRId64 " it must have %zu", bytes,
+                       h->position, attention_state_bytes(a, h->position));
     return OK;
 }
 
-/* The cache's positions ascend, lie after the sinks and before the window, and end in -1 where it is not full. */
+/* The cache's positions ascend, lie after the sinks and before the window, and end in -1 where it
+ * is not full. */
 static bool cache_is_sound(const struct attention *a, const struct memory *m, int64_t position) {
     int64_t w = a->config.window_size, last = a->config.sinks - 1;
     int64_t end = position > 0 && w > 0 ? ((position - 1) / w - 1) * w : 0;
@@ -225,9 +242,11 @@ static bool state_is_sound(const struct attention *a, const struct memory *m) {
 }
 
 /* The copies that score, from the keys as saved. */
-static void rebuild_turned(const struct attention *a, struct memory *m, int64_t position, struct scratch *tmp) {
+static void rebuild_turned(const struct attention *a, struct memory *m, int64_t position,
+                           struct scratch *tmp) {
     struct span spans[MAX_SPANS];
-    int growing, n = answer_spans(a, m, position - 1, spans, &growing), most = a->layout.sinks + a->layout.cache;
+    int growing, n = answer_spans(a, m, position - 1, spans, &growing),
+                 most = a->layout.sinks + a->layout.cache;
     float *cosines = tmp->v, *sines = tmp->v + a->shape.head_dim / 2;
     for (int k = 0; k < n; k++)
         for (int e = spans[k].first; e < spans[k].first + spans[k].count; e++) {
@@ -258,27 +277,35 @@ static void copy_in(const struct attention *a, void *slot, const char *state, in
         }
 }
 
-static enum err check_memory(const struct attention *a, const struct memory *m, int layer, int kv, int64_t position, char *msg, size_t msg_len) {
+static enum err check_memory(const struct attention *a, const struct memory *m, int layer, int kv,
+                             int64_t position, char *msg, size_t msg_len) {
     bool softmax = a->config.kind == ATTENTION_SOFTMAX;
     const char *what = NULL;
-    if (!state_is_sound(a, m)) what = "a state that is not finite or has a negative normaliser";
-    else if (!finite_kv(a, m->keys, softmax ? softmax_keys_bytes(a, position) : a->layout.keys_bytes))
+    if (!state_is_sound(a, m))
+        what = "a state that is not finite or has a negative normaliser";
+    else if (!finite_kv(a, m->keys,
+                        softmax ? softmax_keys_bytes(a, position) : a->layout.keys_bytes))
         what = "a key that is not finite";
-    else if (!finite_kv(a, m->values, softmax ? softmax_values_bytes(a, position) : a->layout.values_bytes))
+    else if (!finite_kv(a, m->values,
+                        softmax ? softmax_values_bytes(a, position) : a->layout.values_bytes))
         what = "a value that is not finite";
-    else if (!cache_is_sound(a, m, position)) what = "impossible positions in its cache";
+    else if (!cache_is_sound(a, m, position))
+        what = "impossible positions in its cache";
     if (!what) return OK;
-    return err_set(msg, msg_len, ERR_FORMAT, "saved state has %s (layer %d, kv head %d)", what, layer, kv);
+    return err_set(msg, msg_len, ERR_FORMAT, "saved state has %s (layer %d, kv head %d)", what,
+                   layer, kv);
 }
 
-enum err attention_state_load(const struct attention *a, void *slot, const void *state, size_t bytes, char *msg, size_t msg_len) {
-    struct slot_header header;
+enum err attention_state_load(const struct attention *a, void *slot, const void *state,
+                              size_t bytes, char *msg, size_t msg_len) {
+    struct slot_header header = {0};
+    attention_slot_clear(a, slot);
     if (bytes < sizeof header)
-        return err_set(msg, msg_len, ERR_FORMAT, "saved state has %zu bytes, its header alone has %zu", bytes, sizeof header);
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "saved state has %zu bytes, its header alone has %zu", bytes, sizeof header);
     memcpy(&header, state, sizeof header);
     enum err e = check_header(a, &header, bytes, msg, msg_len);
     if (e) return e;
-    attention_slot_clear(a, slot);
     copy_in(a, slot, state, header.position);
     for (int layer = 0; layer < a->n_layers && !e; layer++)
         for (int kv = 0; kv < a->config.n_kv_heads && !e; kv++) {

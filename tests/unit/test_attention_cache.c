@@ -1,0 +1,241 @@
+/* test_attention_cache.c - the recall cache: scores are the self-recall errors of the formula, and
+ * the choice is the rule's. */
+#include "attention_rig.h"
+
+enum { N = 120 };
+
+static struct attention_config config(bool per_query_head) {
+    return (struct attention_config){.kind = ATTENTION_HEDGEHOG,
+                                     .n_heads = 6,
+                                     .n_kv_heads = 2,
+                                     .head_dim = 16,
+                                     .kv_type = KV_FP32,
+                                     .map = MAP_EXP,
+                                     .features = 16,
+                                     .key_map_per_query_head = per_query_head,
+                                     .window = WINDOW_TERRACED,
+                                     .window_size = 8,
+                                     .sinks = 1,
+                                     .cache_size = 14,
+                                     .cache_recent = 5,
+                                     .cache_age = 16,
+                                     .horizon = 40,
+                                     .mixing = MIXING_UNIFIED,
+                                     .map_before_rope = true,
+                                     .max_distance = 1000};
+}
+
+/* e_j of every candidate by the definition: r_j is a weighted mean of all values that the state
+ * holds or is to hold, e_j its squared distance from v_j.  weight[i]: how much of key i there is.
+ */
+static double reference_error(const struct rig *g, int layer, int kv, const double *weight, int n,
+                              int j) {
+    const struct attention_config *c = &g->config;
+    int D = c->head_dim, K = c->n_kv_heads, f = c->features, G = c->n_heads / K,
+        maps = c->key_map_per_query_head ? G : 1;
+    double error = 0, phi_j[64], phi_i[64];
+    for (int h = 0; h < maps; h++) {
+        const float *w = g->weights[layer].map_k + ((size_t)kv * maps + h) * D * f;
+        double total = 0, r[64] = {0};
+        reference_map(phi_j, c->map, g->k[layer] + ((size_t)j * K + kv) * D, w, NULL, D, f, 0,
+                      true);
+        for (int i = 0; i < n; i++) {
+            if (weight[i] == 0) continue;
+            reference_map(phi_i, c->map, g->k[layer] + ((size_t)i * K + kv) * D, w, NULL, D, f, 0,
+                          true);
+            double like = 0;
+            for (int p = 0; p < 2 * f; p++)
+                like += phi_i[p] * phi_j[p];
+            total += weight[i] * like;
+            for (int d = 0; d < D; d++)
+                r[d] += weight[i] * like * g->v[layer][((size_t)i * K + kv) * D + d];
+        }
+        for (int d = 0; d < D; d++) {
+            double off = r[d] / total - g->v[layer][((size_t)j * K + kv) * D + d];
+            error += off * off;
+        }
+    }
+    return error;
+}
+
+/* The rule, by repeated search: of equals the earlier. */
+static int reference_choice(const struct attention_config *c, const int64_t *position,
+                            const float *error, int n, int64_t start, int64_t *out) {
+    bool keep[256] = {0};
+    for (int place = 0; place < c->cache_size; place++) {
+        double best = -1;
+        int at = -1;
+        for (int j = 0; j < n; j++) {
+            bool recent = place >= c->cache_size - c->cache_recent;
+            double score =
+                recent ? error[j] / (1 + (double)(start - position[j]) / c->cache_age) : error[j];
+            if (!keep[j] && score > best) best = score, at = j;
+        }
+        if (at >= 0) keep[at] = true;
+    }
+    int kept = 0;
+    for (int j = 0; j < n; j++)
+        if (keep[j]) out[kept++] = position[j];
+    return kept;
+}
+
+/* Each r is a mean of |v| <= 1 with weights good to 2^-24 * (N + F + 3 * 17 * steepness), steepness
+ * under 40: 1.4e-4; e sums 16 squares of differences up to 2.  What is seen is 100 times smaller.
+ */
+static const double ERROR_TOLERANCE = 2e-4;
+
+static void check_scores_and_choice(bool per_query_head) {
+    struct rig g;
+    rig_open(&g, config(per_query_head), 1000, N, 2, false);
+    const struct attention_config *c = &g.config;
+    void *slot = slot_open(&g);
+    float *y = rows_open(&g);
+    int w = c->window_size, size = c->cache_size;
+    static double weight[RIG_LAYERS][2][N]; /* of each key in the state */
+    memset(weight, 0, sizeof weight);
+    int64_t held = 0, choices = 0, differ = 0;
+    for (int b = 0; b * w < N; b++) {
+        if (b) rig_read(&g, slot, (b - 1) * w, b * w, y);
+        if (b < 2) continue;
+        int64_t position[RIG_LAYERS][2][64], mine[64], want[64];
+        float error[RIG_LAYERS][2][64];
+        int n = 0;
+        for (int i = 0; i < RIG_LAYERS; i++)
+            for (int kv = 0; kv < 2; kv++) {
+                n = attention_cache_scores(g.a, slot, i, kv, position[i][kv], error[i][kv]);
+                double all[N];
+                memcpy(all, weight[i][kv], sizeof all);
+                for (int j = 0; j < n; j++)
+                    all[position[i][kv][j]] += 1;
+                for (int j = 0; j < n; j++) {
+                    assert_true(j == 0 || position[i][kv][j] > position[i][kv][j - 1]);
+                    double e =
+                        reference_error(&g, i, kv, all, (b - 1) * w, (int)position[i][kv][j]);
+                    assert_true(fabs(e - error[i][kv][j]) <= ERROR_TOLERANCE * fmax(1, e));
+                }
+            }
+        void *next = slot_open(&g); /* the first row of block b, in a copy */
+        attention_slot_copy(g.a, next, slot);
+        rig_read(&g, next, b * w, b * w + 1, y);
+        held += n > size ? n - size : 0;
+        double forget = held > c->horizon ? (double)c->horizon / (double)held : 1;
+        if (held > c->horizon) held = c->horizon;
+        for (int i = 0; i < RIG_LAYERS; i++)
+            for (int kv = 0; kv < 2; kv++) {
+                int n_mine = attention_cache_positions(g.a, next, i, kv, mine);
+                int n_want =
+                    reference_choice(c, position[i][kv], error[i][kv], n, (int64_t)b * w, want);
+                assert_int_equal(n_mine, n_want);
+                assert_memory_equal(mine, want, (size_t)n_mine * sizeof *mine);
+                for (int j = 0; j < n; j++) {
+                    bool kept = false;
+                    for (int e = 0; e < n_mine; e++)
+                        kept |= mine[e] == position[i][kv][j];
+                    if (!kept) weight[i][kv][position[i][kv][j]] = 1;
+                    choices++;
+                    differ += kept != (j >= n - size);
+                }
+                for (int j = 0; j < N; j++)
+                    weight[i][kv][j] *= forget;
+            }
+        free(next);
+    }
+    assert_true(choices > 1000 && differ > choices / 10); /* not simply the most recent */
+    free(slot), free(y);
+    rig_close(&g);
+}
+
+static void test_scores_and_choice_follow_the_definition(void **state) {
+    (void)state;
+    check_scores_and_choice(false);
+}
+static void test_scores_are_summed_over_the_groups_maps(void **state) {
+    (void)state;
+    check_scores_and_choice(true);
+}
+
+/* Keys without positions repeat where tokens repeat: their scores are the same bits, wherever they
+ * lie, and the earlier stays. */
+static void test_equal_keys_score_equal_bits_and_the_earlier_stays(void **state) {
+    (void)state;
+    struct rig g;
+    struct attention_config c = config(false);
+    c.cache_recent = c.cache_age = 0;
+    rig_open(&g, c, 1000, N, 2, false);
+    size_t row = (size_t)c.n_kv_heads * c.head_dim;
+    for (int i = 0; i < RIG_LAYERS; i++)
+        for (int n = 11; n < N; n++) {
+            memcpy(g.k[i] + n * row, g.k[i] + (n * 7 % 11) * row, row * sizeof(float));
+            memcpy(g.v[i] + n * row, g.v[i] + (n * 7 % 11) * row, row * sizeof(float));
+        }
+    void *slot = slot_open(&g);
+    float *y = rows_open(&g), error[64];
+    int64_t position[64], mine[64];
+    int ties = 0;
+    for (int n = 0; n < N; n += 8) {
+        rig_read(&g, slot, n, n + 8, y);
+        void *next = slot_open(&g);
+        attention_slot_copy(g.a, next, slot);
+        if (n + 9 <= N) rig_read(&g, next, n + 8, n + 9, y);
+        for (int i = 0; i < RIG_LAYERS && n + 9 <= N; i++) {
+            int count = attention_cache_scores(g.a, slot, i, 1, position, error);
+            int n_mine = attention_cache_positions(g.a, next, i, 1, mine);
+            for (int a = 0; a < count; a++)
+                for (int b = a + 1; b < count; b++) {
+                    int64_t pa = position[a] < 11 ? position[a] : position[a] * 7 % 11,
+                            pb = position[b] < 11 ? position[b] : position[b] * 7 % 11;
+                    if (pa != pb) continue;
+                    assert_memory_equal(&error[a], &error[b], sizeof *error);
+                    bool has_a = false, has_b = false;
+                    for (int e = 0; e < n_mine; e++)
+                        has_a |= mine[e] == position[a], has_b |= mine[e] == position[b];
+                    assert_true(has_a || !has_b);
+                    ties++;
+                }
+        }
+        free(next);
+    }
+    assert_true(ties > 100);
+    free(slot), free(y);
+    rig_close(&g);
+}
+
+static void test_imposed_sets_are_held_and_later_blocks_choose(void **state) {
+    (void)state;
+    struct rig g;
+    rig_open(&g, config(false), 1000, N, 2, false);
+    enum { IMPOSED = 10, SIZE = 14 };
+    static int64_t sets[RIG_LAYERS][2][IMPOSED][SIZE];
+    memset(sets, 0xff, sizeof sets);
+    for (int i = 0; i < RIG_LAYERS;
+         i++) /* the oldest keys, less one that changes by layer and head */
+        for (int kv = 0; kv < 2; kv++)
+            for (int b = 0; b < IMPOSED; b++)
+                for (int e = 0; e < SIZE; e++)
+                    sets[i][kv][b][e] = 1 + e + (e >= i + kv);
+    attention_impose_cache(g.a, &sets[0][0][0][0], IMPOSED);
+    void *slot = slot_open(&g);
+    float *y = rows_open(&g);
+    int64_t mine[SIZE];
+    rig_read(&g, slot, 0, IMPOSED * 8, y);
+    for (int i = 0; i < RIG_LAYERS; i++)
+        for (int kv = 0; kv < 2; kv++) {
+            assert_int_equal(attention_cache_positions(g.a, slot, i, kv, mine), SIZE);
+            assert_memory_equal(mine, sets[i][kv][IMPOSED - 1], sizeof mine);
+        }
+    rig_read(&g, slot, IMPOSED * 8, N, y);
+    assert_int_equal(attention_cache_positions(g.a, slot, 0, 0, mine), SIZE);
+    assert_true(memcmp(mine, sets[0][0][0], sizeof mine) != 0);
+    free(slot), free(y);
+    rig_close(&g);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_scores_and_choice_follow_the_definition),
+        cmocka_unit_test(test_scores_are_summed_over_the_groups_maps),
+        cmocka_unit_test(test_equal_keys_score_equal_bits_and_the_earlier_stays),
+        cmocka_unit_test(test_imposed_sets_are_held_and_later_blocks_choose),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
