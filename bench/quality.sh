@@ -41,6 +41,6 @@ against=()
 [[ $model == *stories260k* ]] && against=(--against tests/data/models/stories260k)
 echo
 echo "== the conversion"
-"$urchin" eval "$model" "${against[@]}" --text "$text" --tokens "$tokens" \
+"$urchin" eval "$model" "${against[@]}" --text "$text" --tokens $((tokens / n_texts)) \
     --lengths "${PASSKEY:-1000,2000}" --tries "${TRIES:-5}"
 exit $status

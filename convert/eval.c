@@ -4,6 +4,7 @@
 #include "config/log.h"
 #include "convert/passkey.h"
 #include "convert/report.h"
+#include "model/options.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -55,27 +56,10 @@ static enum err check_list(struct eval *e, const char *flag, const char *list,
 
 /* ---- models ---- */
 
-static int weights_of(const char *name) {
-    for (int t = WEIGHT_FP32; t <= WEIGHT_INT4; t++)
-        if (!strcmp(name, weight_type_name((enum weight_type)t))) return t;
-    return WEIGHTS_AUTO;
-}
-
 static void options_of(struct model_options *o, const struct eval *e) {
-    const struct settings *s = e->settings;
-    model_options_init(o);
-    o->path = s->model;
-    o->base = s->base;
-    o->weights = weights_of(s->weights);
-    o->kv_type = strcmp(s->kv_type, "fp32") ? KV_BF16 : KV_FP32;
-    o->max_seq_len = s->max_seq_len;
+    model_options_set(o, e->settings);
     o->max_rows = o->max_logits = READING_ROWS;
     o->n_slots = 1;
-    o->cache_size = s->cache_size;
-    o->cache_recent = s->cache_recent;
-    o->cache_age = s->cache_age;
-    o->max_distance = s->max_distance;
-    o->horizon = s->horizon;
     o->team = e->team;
 }
 
@@ -102,8 +86,8 @@ static enum err open_models(struct eval *e) {
                         s->model);
         o.path = base ? info->base_path : s->against;
         o.base = NULL;
-        o.weights = weights_of(s->against_weights);
-        if (s->against_kv_type) o.kv_type = strcmp(s->against_kv_type, "fp32") ? KV_BF16 : KV_FP32;
+        o.weights = weights_named(s->against_weights);
+        if (s->against_kv_type) o.kv_type = kv_type_named(s->against_kv_type);
         if (!strcmp(o.path, s->model)) o.base = s->base;
         err = model_open(&e->against, &o, e->msg, e->msg_len);
         if (err) return err;

@@ -3,7 +3,7 @@
 
 #include "compute/cpu.h"
 #include "compute/memory.h"
-#include "model/model.h"
+#include "model/options.h"
 
 #include <cjson/cJSON.h>
 #include <stdlib.h>
@@ -319,21 +319,10 @@ static int read_list(const char *list, int64_t *out) { /* ascending, each value 
 static enum err open_model(struct bench *b) {
     const struct settings *s = b->settings;
     struct model_options o;
-    model_options_init(&o);
-    o.path = s->model;
-    o.base = s->base;
-    for (int t = WEIGHT_FP32; t <= WEIGHT_INT4; t++)
-        if (!strcmp(s->weights, weight_type_name((enum weight_type)t))) o.weights = t;
-    o.kv_type = strcmp(s->kv_type, "fp32") ? KV_BF16 : KV_FP32;
-    o.max_seq_len = s->max_seq_len;
+    model_options_set(&o, s);
     o.max_rows = s->prefill_chunk > b->most ? s->prefill_chunk : b->most;
     o.max_logits = b->most;
     o.n_slots = b->most + b->n_depths;
-    o.cache_size = s->cache_size;
-    o.cache_recent = s->cache_recent;
-    o.cache_age = s->cache_age;
-    o.max_distance = s->max_distance;
-    o.horizon = s->horizon;
     o.team = b->team;
     enum err err = model_open(&b->model, &o, b->msg, b->msg_len);
     if (err) return err;

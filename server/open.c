@@ -2,6 +2,7 @@
 #include "server/open.h"
 
 #include "model/converted.h"
+#include "model/options.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -73,33 +74,15 @@ struct step_bounds step_bounds(const struct settings *settings, int n_slots) {
     return (struct step_bounds){.rows = n + settings->prefill_chunk, .logits = n + scored};
 }
 
-static int weights_named(const char *name) {
-    for (int type = WEIGHT_FP32; type <= WEIGHT_INT4; type++)
-        if (strcmp(name, weight_type_name((enum weight_type)type)) == 0) return type;
-    return WEIGHTS_AUTO;
-}
-
 enum err open_model(struct model **out, const struct settings *s, int n_slots, struct team *team,
                     void (*progress)(void *arg, const char *what, double fraction), char *msg,
                     size_t msg_len) {
     struct step_bounds bounds = step_bounds(s, n_slots);
     struct model_options o;
-    model_options_init(&o);
-    o.path = s->model;
-    o.base = s->base;
-    o.weights = weights_named(s->weights);
-    o.kv_type = strcmp(s->kv_type, "fp32") == 0 ? KV_FP32 : KV_BF16;
-    o.max_seq_len = s->max_seq_len;
+    model_options_set(&o, s);
     o.max_rows = bounds.rows;
     o.max_logits = bounds.logits;
     o.n_slots = n_slots;
-    o.memory_budget = (size_t)s->memory_mb << 20;
-    o.cache_size = s->cache_size;
-    o.cache_recent = s->cache_recent;
-    o.cache_age = s->cache_age;
-    o.max_distance = s->max_distance;
-    o.horizon = s->horizon;
-    o.chat_template = s->chat_template;
     o.team = team;
     o.progress = progress;
     return model_open(out, &o, msg, msg_len);

@@ -1,0 +1,30 @@
+/* options.c - settings, checked by config, as the model's options. */
+#include "model/options.h"
+
+#include <string.h>
+
+int weights_named(const char *name) {
+    for (int type = WEIGHT_FP32; type <= WEIGHT_INT4; type++)
+        if (strcmp(name, weight_type_name((enum weight_type)type)) == 0) return type;
+    return WEIGHTS_AUTO;
+}
+
+enum kv_type kv_type_named(const char *name) {
+    return strcmp(name, "fp32") == 0 ? KV_FP32 : KV_BF16;
+}
+
+void model_options_set(struct model_options *o, const struct settings *s) {
+    model_options_init(o);
+    o->path = s->model;
+    o->base = s->base;
+    o->weights = weights_named(s->weights);
+    o->kv_type = kv_type_named(s->kv_type);
+    o->max_seq_len = s->max_seq_len;
+    o->memory_budget = (size_t)s->memory_mb << 20;
+    o->cache_size = s->cache_size;
+    o->cache_recent = s->cache_recent;
+    o->cache_age = s->cache_age;
+    o->max_distance = s->max_distance;
+    o->horizon = s->horizon;
+    o->chat_template = s->chat_template;
+}
