@@ -161,8 +161,16 @@ V_FN float v16_hmax(v16 a) { /* of lanes that are not NaN */
 V_FN v16 v16_load_bf16(const uint16_t *src) {
     v16 r;
     V_EACH {
+#if defined(__AVX512F__) /* gcc 12 widens a whole vector in two halves */
+        v_part_u wide = (v_part_u)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)src));
+#elif defined(__AVX2__)
+        v_part_u wide =
+            (v_part_u)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(src + V_LANES * i)));
+#else
         v_part_h h = *(const v_part_h_any *)(src + V_LANES * i);
-        r.p[i] = (v_part)(__builtin_convertvector(h, v_part_u) << 16);
+        v_part_u wide = __builtin_convertvector(h, v_part_u);
+#endif
+        r.p[i] = (v_part)(wide << 16);
     }
     return r;
 }
