@@ -12,9 +12,9 @@
  *
  * Tokens are pseudo-random, the same in every run, and every depth is really read.  Each point is
  * measured --repeat times, all depths in turn, so that a disturbed machine disturbs them alike.
- * tokens/s is from the median repetition; step times are the median and the 99th percentile over
- * all repetitions' steps.  With terraced windows of w a fold and a choice of the cache happen every
- * w tokens: N should be a multiple of w.
+ * tokens/s and the ratio between depths are from the median over repetitions (decode: of each step,
+ * then summed); step times are the median and the 99th percentile over all steps.  With terraced
+ * windows of w a fold and a choice of the cache happen every w tokens: N should be a multiple of w.
  *
  * Bytes: a decode step has to read the weights once and each sequence's state once (a saved state's
  * bytes; softmax: the keys and values so far).  "of limit" is that, over the median step, over the
