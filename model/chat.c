@@ -506,7 +506,7 @@ static enum err read_turns(const struct chat *chat, const struct chat_message *m
             return err_set(msg, msg_len, ERR_ARG,
                            "messages[%zu].role \"%.40s\" is not one of system, developer, user, "
                            "assistant, tool",
-                           i, messages[i].role);
+                           i, messages[i].role ? messages[i].role : "");
         if (role == TOOL && !family->tools)
             return err_set(
                 msg, msg_len, ERR_ARG,
