@@ -2,14 +2,24 @@
 #include "compute/cpu.h"
 
 #include <stdatomic.h>
+#include <stdbool.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 static _Atomic int limit = CPU_AVX512;
+
+#if defined(__x86_64__)
+static bool has_f16c(void) { /* clang 14 does not know it by name */
+    unsigned eax, ebx, ecx = 0, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
 
 static enum cpu_isa detect(void) {
 #if defined(__x86_64__)
     /* These also ask whether the operating system saves the wide registers. */
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
-        !__builtin_cpu_supports("f16c"))
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c())
         return CPU_GENERIC;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
@@ -33,9 +43,12 @@ void cpu_isa_limit(enum cpu_isa most) {
 
 const char *cpu_isa_name(enum cpu_isa isa) {
     switch (isa) {
-    case CPU_GENERIC: return "generic";
-    case CPU_AVX2: return "avx2";
-    case CPU_AVX512: return "avx512";
+    case CPU_GENERIC:
+        return "generic";
+    case CPU_AVX2:
+        return "avx2";
+    case CPU_AVX512:
+        return "avx512";
     }
     return "unknown";
 }
