@@ -293,6 +293,19 @@ static void self_recall(const struct shape *s, float *error, float *recalled, co
     }
 }
 
+/* By counting who comes before whom: no branches, and n is a few hundred. */
+static void keep_largest(bool *keep, double *score, int n, int count) {
+    for (int j = 0; j < n; j++)
+        if (keep[j]) score[j] = -1; /* before nobody */
+    for (int j = 0; j < n; j++) {
+        if (keep[j]) continue;
+        int64_t before = 0;
+        for (int i = 0; i < j; i++) before += score[i] >= score[j];
+        for (int i = j + 1; i < n; i++) before += score[i] > score[j];
+        keep[j] = before < count;
+    }
+}
+
 /* ---- rows ---- */
 
 static void rotate(float *y, const float *x, const float *cosines, const float *sines,
@@ -516,6 +529,7 @@ const struct attention_kernels TABLE_OF(ISA) = {
     .fold = fold,
     .scale = scale,
     .self_recall = self_recall,
+    .keep_largest = keep_largest,
     .rotate = rotate,
     .write_key = write_key,
     .read_key = read_key,

@@ -99,6 +99,10 @@ struct attention_kernels {
     void (*self_recall)(const struct shape *shape, float *error, float *recalled, const float *S,
                         const float *z, const float *phi, const float *v, int n);
 
+    /* Keeps `count` more: the largest scores (>= 0) of those not kept yet, of equals the earlier.
+     * Overwrites the scores of those that were. */
+    void (*keep_largest)(bool *keep, double *score, int n, int count);
+
     void (*rotate)(float *y, const float *x, const float *cosines, const float *sines,
                    int head_dim);
 

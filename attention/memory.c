@@ -76,13 +76,14 @@ static size_t element_bytes(const struct attention *a) {
 
 static void copy_column(const struct attention *a, void *to_keys, int to, const void *from_keys,
                         int from) {
-    size_t size = element_bytes(a), tile = (size_t)a->shape.head_dim * TILE * size,
-           step = TILE * size;
-    char *dst = (char *)to_keys + (size_t)(to / TILE) * tile + (size_t)(to % TILE) * size;
-    const char *src =
-        (const char *)from_keys + (size_t)(from / TILE) * tile + (size_t)(from % TILE) * size;
-    for (int d = 0; d < a->shape.head_dim; d++, dst += step, src += step)
-        memcpy(dst, src, size);
+    size_t tile = (size_t)a->shape.head_dim * TILE;
+    size_t dst = (size_t)(to / TILE) * tile + (size_t)(to % TILE);
+    size_t src = (size_t)(from / TILE) * tile + (size_t)(from % TILE);
+    for (size_t d = 0; d < tile; d += TILE)
+        if (a->config.kv_type == KV_BF16)
+            ((uint16_t *)to_keys)[dst + d] = ((const uint16_t *)from_keys)[src + d];
+        else
+            ((float *)to_keys)[dst + d] = ((const float *)from_keys)[src + d];
 }
 
 static void move_entry(const struct attention *a, struct memory *m, int to, int from) {
@@ -178,27 +179,16 @@ static void self_recall(const struct attention *a, int layer, int kv_head, const
         if (isnan(error[j])) error[j] = INFINITY;
 }
 
-/* Marks the `count` largest scores among those not kept yet; of equals the earlier. */
-static void keep_largest(bool *keep, const double *score, int n, int count) {
-    for (; count > 0; count--) {
-        int best = -1;
-        for (int j = 0; j < n; j++)
-            if (!keep[j] && (best < 0 || score[j] > score[best])) best = j;
-        if (best < 0) return;
-        keep[best] = true;
-    }
-}
-
 static void choose(const struct attention *a, const int64_t *position, const float *error, int n,
                    int64_t start, bool *keep, double *score) {
     const struct attention_config *c = &a->config;
     for (int j = 0; j < n; j++)
         score[j] = error[j];
-    keep_largest(keep, score, n, c->cache_size - c->cache_recent);
+    a->kernels->keep_largest(keep, score, n, c->cache_size - c->cache_recent);
     if (!c->cache_recent) return;
     for (int j = 0; j < n; j++)
         score[j] /= 1 + (double)(start - position[j]) / c->cache_age;
-    keep_largest(keep, score, n, c->cache_recent);
+    a->kernels->keep_largest(keep, score, n, c->cache_recent);
 }
 
 static const int64_t *imposed_set(const struct attention *a, int layer, int kv_head, int64_t b) {
