@@ -2,13 +2,13 @@
  *
  * Only compute/ calls them; everyone else uses matrix.h and ops.h.  They trust their arguments.
  *
- * Packed matrices are panels of 16 rows n of W (16 lanes), padded with zeros; a panel holds, in ascending k,
- *   fp32   [n_in] { float w[16] }
- *   bf16   [n_in] { uint16 w[16] }
- *   int8   [n_blocks] { uint8 q[8][16][4], fp16 s[16] }       q + 128 of k = 4 group + i;  544 bytes
- *   int4   [n_blocks] { uint8 q[4][16][4], fp16 s[16], m[16] } low nibbles groups 0-3, high 4-7;  320 bytes
- * with blocks of 32 k in 8 groups of 4, which is what one byte dot product instruction takes.  int8 weights are stored
- * with 128 added because that instruction multiplies unsigned by signed bytes. */
+ * Packed matrices are panels of 32 rows n of W (2 x 16 lanes), padded with zeros; a panel holds, in
+ * ascending k, fp32   [n_in] { float w[32] } bf16   [n_in] { uint16 w[32] } int8   [n_blocks] {
+ * uint8 q[8][32][4], fp16 s[32] }        q + 128 of k = 4 group + i int4   [n_blocks] { uint8
+ * q[4][32][4], fp16 s[32], m[32] } low nibbles groups 0-3, high 4-7 all whole cache lines, read in
+ * one ascending stream. Blocks are 32 k in 8 groups of 4, which is what one byte dot product
+ * instruction takes.  int8 weights are stored with 128 added because that instruction multiplies
+ * unsigned by signed bytes. */
 #ifndef URCHIN_COMPUTE_KERNELS_H
 #define URCHIN_COMPUTE_KERNELS_H
 
@@ -16,14 +16,16 @@
 #include <stdint.h>
 
 enum {
-    PANEL = 16,
+    PANEL = 32,
     BLOCK = 32,
-    INT8_BLOCK_BYTES = 8 * 64 + 32,
-    INT4_BLOCK_BYTES = 4 * 64 + 64,
+    INT8_BLOCK_SCALES = PANEL * BLOCK, /* where the scales begin */
+    INT8_BLOCK_BYTES = INT8_BLOCK_SCALES + PANEL * 2,
+    INT4_BLOCK_SCALES = PANEL * BLOCK / 2,
+    INT4_BLOCK_BYTES = INT4_BLOCK_SCALES + PANEL * 4,
 };
 
-/* Rows of activations in blocks of 32: x ~= scale q, q in [-127, 127].  Of a block that holds an infinity or NaN
- * the scale is NaN; one below 1e-30 counts as zeros. */
+/* Rows of activations in blocks of 32: x ~= scale q, q in [-127, 127].  Of a block that holds an
+ * infinity or NaN the scale is NaN; one below 1e-30 counts as zeros. */
 struct quantised_rows {
     int8_t *q;         /* [rows][n_blocks][32] */
     float *scale;      /* [rows][n_blocks] */
@@ -43,7 +45,7 @@ struct matmul_args {
     const float *bias; /* [n_out] or NULL */
 };
 
-/* Columns 16 first .. min(16 end, n_out) - 1 of all rows of y. */
+/* Columns PANEL first .. min(PANEL end, n_out) - 1 of all rows of y. */
 typedef void matmul_kernel(const struct matmul_args *args, int first_panel, int end_panel);
 
 struct compute_kernels {

@@ -18,14 +18,20 @@ struct matrix {
     unsigned char *data; /* owned: [n_panels][panel_bytes], layout in kernels.h */
 };
 
-static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+static size_t round_up(size_t n, size_t to) {
+    return (n + to - 1) / to * to;
+}
 
 const char *weight_type_name(enum weight_type type) {
     switch (type) {
-    case WEIGHT_FP32: return "fp32";
-    case WEIGHT_BF16: return "bf16";
-    case WEIGHT_INT8: return "int8";
-    case WEIGHT_INT4: return "int4";
+    case WEIGHT_FP32:
+        return "fp32";
+    case WEIGHT_BF16:
+        return "bf16";
+    case WEIGHT_INT8:
+        return "int8";
+    case WEIGHT_INT4:
+        return "int4";
     }
     return "unknown";
 }
@@ -42,10 +48,18 @@ enum err matrix_new(struct matrix **out, enum weight_type type, int n_out, int n
     w->n_panels = (n_out + PANEL - 1) / PANEL;
     w->n_blocks = (n_in + BLOCK - 1) / BLOCK;
     switch (type) {
-    case WEIGHT_FP32: w->panel_bytes = (size_t)n_in * PANEL * sizeof(float); break;
-    case WEIGHT_BF16: w->panel_bytes = (size_t)n_in * PANEL * sizeof(uint16_t); break;
-    case WEIGHT_INT8: w->panel_bytes = (size_t)w->n_blocks * INT8_BLOCK_BYTES; break;
-    case WEIGHT_INT4: w->panel_bytes = (size_t)w->n_blocks * INT4_BLOCK_BYTES; break;
+    case WEIGHT_FP32:
+        w->panel_bytes = (size_t)n_in * PANEL * sizeof(float);
+        break;
+    case WEIGHT_BF16:
+        w->panel_bytes = (size_t)n_in * PANEL * sizeof(uint16_t);
+        break;
+    case WEIGHT_INT8:
+        w->panel_bytes = (size_t)w->n_blocks * INT8_BLOCK_BYTES;
+        break;
+    case WEIGHT_INT4:
+        w->panel_bytes = (size_t)w->n_blocks * INT4_BLOCK_BYTES;
+        break;
     }
     w->bytes = w->panel_bytes * (size_t)w->n_panels;
     w->data = memory_map(w->bytes);
@@ -63,18 +77,29 @@ void matrix_free(struct matrix *w) {
     free(w);
 }
 
-int matrix_n_out(const struct matrix *w) { return w->n_out; }
-int matrix_n_in(const struct matrix *w) { return w->n_in; }
-enum weight_type matrix_type(const struct matrix *w) { return w->type; }
-size_t matrix_bytes(const struct matrix *w) { return w->bytes; }
+int matrix_n_out(const struct matrix *w) {
+    return w->n_out;
+}
+int matrix_n_in(const struct matrix *w) {
+    return w->n_in;
+}
+enum weight_type matrix_type(const struct matrix *w) {
+    return w->type;
+}
+size_t matrix_bytes(const struct matrix *w) {
+    return w->bytes;
+}
 
-static float clamp_fp16(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
+static float clamp_fp16(float x) {
+    return fminf(fmaxf(x, -65504.0f), 65504.0f);
+}
 
 static int round_clamped(float x, int lo, int hi) {
     return x <= (float)lo ? lo : x >= (float)hi ? hi : (int)lrintf(x);
 }
 
-/* One block of one column: w ~= s q with q in [-127, 127]; a block with an infinity or NaN gets s = NaN. */
+/* One block of one column: w ~= s q with q in [-127, 127]; a block with an infinity or NaN gets s =
+ * NaN. */
 static uint16_t int8_quantise(int8_t q[BLOCK], const float *w, int n) {
     float absmax = 0;
     for (int k = 0; k < n; k++) {
@@ -85,7 +110,8 @@ static uint16_t int8_quantise(int8_t q[BLOCK], const float *w, int n) {
     if (isnan(absmax)) return fp16_round(absmax);
     uint16_t scale = fp16_round(clamp_fp16(absmax / 127));
     float s = fp16_float(scale);
-    for (int k = 0; s > 0 && k < n; k++) q[k] = (int8_t)round_clamped(w[k] / s, -127, 127);
+    for (int k = 0; s > 0 && k < n; k++)
+        q[k] = (int8_t)round_clamped(w[k] / s, -127, 127);
     return scale;
 }
 
@@ -106,9 +132,9 @@ static bool int4_quantise_with(uint8_t q[BLOCK], struct int4_grid grid, const fl
     return exact;
 }
 
-/* Values that came from a 4-bit file lie on a grid s q + m with fp16 s and m; they are found again exactly even
- * when the block does not use the whole range of q, so that Q4_0 and Q4_1 lose nothing.  Q4_0 is
- * s (q - 8) with s of either sign and q = 0 at one end of the block. */
+/* Values that came from a 4-bit file lie on a grid s q + m with fp16 s and m; they are found again
+ * exactly even when the block does not use the whole range of q, so that Q4_0 and Q4_1 lose
+ * nothing.  Q4_0 is s (q - 8) with s of either sign and q = 0 at one end of the block. */
 static struct int4_grid int4_quantise(uint8_t q[BLOCK], const float *w, int n) {
     float lo = w[0], hi = w[0];
     memset(q, 0, BLOCK);
@@ -134,7 +160,8 @@ static void set_row(struct matrix *m, int n, const float *w) {
     int column = n % PANEL;
     switch (m->type) {
     case WEIGHT_FP32:
-        for (int k = 0; k < m->n_in; k++) ((float *)panel)[(size_t)k * PANEL + (size_t)column] = w[k];
+        for (int k = 0; k < m->n_in; k++)
+            ((float *)panel)[(size_t)k * PANEL + (size_t)column] = w[k];
         break;
     case WEIGHT_BF16:
         for (int k = 0; k < m->n_in; k++)
@@ -146,8 +173,8 @@ static void set_row(struct matrix *m, int n, const float *w) {
             int8_t q[BLOCK];
             uint16_t s = int8_quantise(q, w + b * BLOCK, left < BLOCK ? left : BLOCK);
             for (int k = 0; k < BLOCK; k++)
-                panel[k / 4 * 64 + column * 4 + k % 4] = (unsigned char)(q[k] + 128);
-            ((uint16_t *)(panel + 512))[column] = s;
+                panel[k / 4 * PANEL * 4 + column * 4 + k % 4] = (unsigned char)(q[k] + 128);
+            ((uint16_t *)(panel + INT8_BLOCK_SCALES))[column] = s;
         }
         break;
     case WEIGHT_INT4:
@@ -156,9 +183,10 @@ static void set_row(struct matrix *m, int n, const float *w) {
             uint8_t q[BLOCK];
             struct int4_grid g = int4_quantise(q, w + b * BLOCK, left < BLOCK ? left : BLOCK);
             for (int k = 0; k < BLOCK / 2; k++)
-                panel[k / 4 * 64 + column * 4 + k % 4] = (unsigned char)(q[k] | q[k + 16] << 4);
-            ((uint16_t *)(panel + 256))[column] = g.s;
-            ((uint16_t *)(panel + 256))[PANEL + column] = g.m;
+                panel[k / 4 * PANEL * 4 + column * 4 + k % 4] =
+                    (unsigned char)(q[k] | q[k + 16] << 4);
+            ((uint16_t *)(panel + INT4_BLOCK_SCALES))[column] = g.s;
+            ((uint16_t *)(panel + INT4_BLOCK_SCALES))[PANEL + column] = g.m;
         }
         break;
     }
@@ -166,7 +194,8 @@ static void set_row(struct matrix *m, int n, const float *w) {
 
 void matrix_set_rows(struct matrix *m, int first, int n_rows, const float *w) {
     assert(first >= 0 && n_rows >= 0 && n_rows <= m->n_out - first);
-    for (int i = 0; i < n_rows; i++) set_row(m, first + i, w + (size_t)i * (size_t)m->n_in);
+    for (int i = 0; i < n_rows; i++)
+        set_row(m, first + i, w + (size_t)i * (size_t)m->n_in);
 }
 
 void matrix_get_row(const struct matrix *m, int n, float *out) {
@@ -177,18 +206,22 @@ void matrix_get_row(const struct matrix *m, int n, float *out) {
         size_t at = (size_t)k * PANEL + (size_t)column;
         int b = k / BLOCK, i = k % BLOCK;
         switch (m->type) {
-        case WEIGHT_FP32: out[k] = ((const float *)panel)[at]; break;
-        case WEIGHT_BF16: out[k] = bf16_float(((const uint16_t *)panel)[at]); break;
+        case WEIGHT_FP32:
+            out[k] = ((const float *)panel)[at];
+            break;
+        case WEIGHT_BF16:
+            out[k] = bf16_float(((const uint16_t *)panel)[at]);
+            break;
         case WEIGHT_INT8: {
             const unsigned char *block = panel + (size_t)b * INT8_BLOCK_BYTES;
-            float s = fp16_float(((const uint16_t *)(block + 512))[column]);
-            out[k] = s * (float)(block[i / 4 * 64 + column * 4 + i % 4] - 128);
+            float s = fp16_float(((const uint16_t *)(block + INT8_BLOCK_SCALES))[column]);
+            out[k] = s * (float)(block[i / 4 * PANEL * 4 + column * 4 + i % 4] - 128);
             break;
         }
         case WEIGHT_INT4: {
             const unsigned char *block = panel + (size_t)b * INT4_BLOCK_BYTES;
-            const uint16_t *scales = (const uint16_t *)(block + 256);
-            int both = block[i % 16 / 4 * 64 + column * 4 + i % 4];
+            const uint16_t *scales = (const uint16_t *)(block + INT4_BLOCK_SCALES);
+            int both = block[i % 16 / 4 * PANEL * 4 + column * 4 + i % 4];
             out[k] = fp16_float(scales[column]) * (float)(i < 16 ? both & 15 : both >> 4) +
                      fp16_float(scales[PANEL + column]);
             break;

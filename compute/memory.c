@@ -7,7 +7,9 @@
 
 enum { HUGE_PAGE = 2 << 20 };
 
-static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+static size_t round_up(size_t n, size_t to) {
+    return (n + to - 1) / to * to;
+}
 
 /* What is really mapped for a request: whole pages, at least one. */
 static size_t mapped_bytes(size_t bytes) {

@@ -1,6 +1,7 @@
 /* quant.c - GGUF blocks to fp32.
  *
- * Written from the block layouts of ggml-org/ggml (ggml-common.h): multi-byte fields are little-endian, scales fp16. */
+ * Written from the block layouts of ggml-org/ggml (ggml-common.h): multi-byte fields are
+ * little-endian, scales fp16. */
 #include "compute/quant.h"
 
 #include "compute/ops.h"
@@ -13,16 +14,26 @@ struct format {
     void (*decode)(float *out, const uint8_t *block); /* one block */
 };
 
-static uint16_t u16_at(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
-static uint32_t u32_at(const uint8_t *p) { return u16_at(p) | (uint32_t)u16_at(p + 2) << 16; }
-static float half_at(const uint8_t *p) { return fp16_float(u16_at(p)); }
+static uint16_t u16_at(const uint8_t *p) {
+    return (uint16_t)(p[0] | p[1] << 8);
+}
+static uint32_t u32_at(const uint8_t *p) {
+    return u16_at(p) | (uint32_t)u16_at(p + 2) << 16;
+}
+static float half_at(const uint8_t *p) {
+    return fp16_float(u16_at(p));
+}
 
 static void f32(float *out, const uint8_t *b) {
     uint32_t u = u32_at(b);
     memcpy(out, &u, sizeof u);
 }
-static void f16(float *out, const uint8_t *b) { *out = half_at(b); }
-static void bf16(float *out, const uint8_t *b) { *out = bf16_float(u16_at(b)); }
+static void f16(float *out, const uint8_t *b) {
+    *out = half_at(b);
+}
+static void bf16(float *out, const uint8_t *b) {
+    *out = bf16_float(u16_at(b));
+}
 
 /* 32 values: byte j holds value j in its low nibble and value j + 16 in its high one. */
 static void q4_0(float *out, const uint8_t *b) { /* { half d; u8 q[16] }  d (q - 8) */
@@ -62,12 +73,13 @@ static void q5_1(float *out, const uint8_t *b) { /* { half d, m; u32 high; u8 q[
 }
 static void q8_0(float *out, const uint8_t *b) { /* { half d; i8 q[32] }  d q */
     float d = half_at(b);
-    for (int j = 0; j < 32; j++) out[j] = (float)(int8_t)b[2 + j] * d;
+    for (int j = 0; j < 32; j++)
+        out[j] = (float)(int8_t)b[2 + j] * d;
 }
 
-/* 256 values in 8 groups of 32, each with a 6-bit scale and a 6-bit minimum.  The twelve bytes hold the low
- * 6 bits of scales 0-3, of minima 0-3, then the nibbles of scales and minima 4-7, whose top 2 bits
- * are the top 2 bits of the first eight bytes. */
+/* 256 values in 8 groups of 32, each with a 6-bit scale and a 6-bit minimum.  The twelve bytes hold
+ * the low 6 bits of scales 0-3, of minima 0-3, then the nibbles of scales and minima 4-7, whose top
+ * 2 bits are the top 2 bits of the first eight bytes. */
 static void k_scale_min(const uint8_t *s, int group, int *scale, int *min) {
     if (group < 4) {
         *scale = s[group] & 63;
@@ -83,12 +95,14 @@ static void q4_k(float *out, const uint8_t *b) { /* { half d, dmin; u8 scales[12
         int scale, min;
         k_scale_min(b + 4, group, &scale, &min);
         float s = d * (float)scale, m = dmin * (float)min;
-        const uint8_t *q = b + 16 + group / 2 * 32; /* two groups share 32 bytes: low, high nibbles */
+        const uint8_t *q =
+            b + 16 + group / 2 * 32; /* two groups share 32 bytes: low, high nibbles */
         for (int j = 0; j < 32; j++)
             out[group * 32 + j] = s * (float)(q[j] >> group % 2 * 4 & 15) - m;
     }
 }
-static void q5_k(float *out, const uint8_t *b) { /* { half d, dmin; u8 scales[12], high[32], q[128] } */
+static void q5_k(float *out,
+                 const uint8_t *b) { /* { half d, dmin; u8 scales[12], high[32], q[128] } */
     float d = half_at(b), dmin = half_at(b + 2);
     const uint8_t *high = b + 16; /* bit g of byte j: the fifth bit of value j of group g */
     for (int group = 0; group < 8; group++) {
@@ -102,9 +116,9 @@ static void q5_k(float *out, const uint8_t *b) { /* { half d, dmin; u8 scales[12
         }
     }
 }
-/* { u8 low[128], high[64]; i8 scales[16]; half d }  d scale (q - 32), one scale for 16 values.  Each half of 128
- * values is four groups of 32: low nibbles of 64 bytes, then their high nibbles; two more
- * bits of group g are at bit 2 g of 32 bytes of `high`. */
+/* { u8 low[128], high[64]; i8 scales[16]; half d }  d scale (q - 32), one scale for 16 values. Each
+ * half of 128 values is four groups of 32: low nibbles of 64 bytes, then their high nibbles; two
+ * more bits of group g are at bit 2 g of 32 bytes of `high`. */
 static void q6_k(float *out, const uint8_t *b) {
     float d = half_at(b + 208);
     for (int i = 0; i < 256; i++) {
@@ -130,9 +144,15 @@ static const struct format *find(uint32_t type) {
     return type < sizeof formats / sizeof *formats ? &formats[type] : &unknown;
 }
 
-const char *quant_name(uint32_t type) { return find(type)->name; }
-int quant_block_size(uint32_t type) { return find(type)->block_size; }
-size_t quant_block_bytes(uint32_t type) { return find(type)->block_bytes; }
+const char *quant_name(uint32_t type) {
+    return find(type)->name;
+}
+int quant_block_size(uint32_t type) {
+    return find(type)->block_size;
+}
+size_t quant_block_bytes(uint32_t type) {
+    return find(type)->block_bytes;
+}
 
 void quant_decode(float *out, uint32_t type, const void *src, size_t n) {
     const struct format *f = find(type);

@@ -1,14 +1,14 @@
 /* team.c - one fork-join team of threads.
  *
- * A run is announced by counting `run` up; a worker that sees it change calls the function and counts
- * `busy` down.  Both words are futexes.  A side that is about to sleep says so first (`sleepers`,
- * `caller_sleeps`) and the kernel compares the word again before it sleeps, while the other side changes the
- * word first and looks for sleepers second; with sequentially consistent order one of the two always
- * notices, and when nobody sleeps there is no system call. */
+ * A run is announced by counting `run` up; a worker that sees it change calls the function and
+ * counts `busy` down.  Both words are futexes.  A side that is about to sleep says so first
+ * (`sleepers`, `caller_sleeps`) and the kernel compares the word again before it sleeps, while the
+ * other side changes the word first and looks for sleepers second; with sequentially consistent
+ * order one of the two always notices, and when nobody sleeps there is no system call. */
 #include "compute/team.h"
 
-#include <linux/futex.h>
 #include <limits.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -35,7 +35,7 @@ struct worker {
 
 struct team {
     int n_threads;
-    int n_started;          /* workers whose thread exists */
+    int n_started; /* workers whose thread exists */
     long spin_ns;
     struct worker *workers; /* [n_threads - 1], owned */
     /* written by the caller before `run` changes, read by workers after */
@@ -88,7 +88,8 @@ static uint32_t wait_change(_Atomic uint32_t *word, uint32_t value, _Atomic uint
         if (now >= end) break;
     }
     atomic_fetch_add(sleepers, 1);
-    while ((seen = atomic_load(word)) == value) futex_wait(word, value);
+    while ((seen = atomic_load(word)) == value)
+        futex_wait(word, value);
     atomic_fetch_sub(sleepers, 1);
     return seen;
 }
@@ -132,8 +133,9 @@ static bool read_line(const char *path, char *line, size_t size) {
     return ok;
 }
 
-/* CPUs that one control group allows: v2 "quota period" in cpu.max, v1 in two files; a quota of "max" or -1 is none.
- * Part of a CPU counts as none: a team of spinning threads that is throttled is slower than a smaller one. */
+/* CPUs that one control group allows: v2 "quota period" in cpu.max, v1 in two files; a quota of
+ * "max" or -1 is none. Part of a CPU counts as none: a team of spinning threads that is throttled
+ * is slower than a smaller one. */
 static int group_cpus(const char *dir) {
     char path[4400], line[128];
     long long quota = -1, period = -1;
@@ -223,12 +225,15 @@ void team_free(struct team *team) {
     if (!team) return;
     team->stop = true;
     announce(team);
-    for (int i = 0; i < team->n_started; i++) pthread_join(team->workers[i].id, NULL);
+    for (int i = 0; i < team->n_started; i++)
+        pthread_join(team->workers[i].id, NULL);
     free(team->workers);
     free(team);
 }
 
-int team_size(const struct team *team) { return team->n_threads; }
+int team_size(const struct team *team) {
+    return team->n_threads;
+}
 
 void team_run(struct team *team, void (*fn)(void *arg, int thread, int n_threads), void *arg) {
     if (team->n_threads > 1) {

@@ -1,13 +1,14 @@
 /* vec.h - sixteen float lanes for the kernel sources, the same in every instruction family.
  *
- * A v16 is one 64-byte register with AVX-512, two of 32 bytes with AVX2 and four of 16 otherwise.  It is a
- * struct of parts and not a 64-byte GCC vector, because gcc keeps vectors wider than the machine's in memory.
- * Loads and stores take any alignment.  Lanes never mix except in v16_sum and v16_hmax, which add
- * in one fixed tree:  ((l0 + l8) + (l4 + l12)) + ((l2 + l10) + (l6 + l14)) + the same over odd lanes.
+ * A v16 is one 64-byte register with AVX-512, two of 32 bytes with AVX2 and four of 16 otherwise.
+ * It is a struct of parts and not a 64-byte GCC vector, because gcc keeps vectors wider than the
+ * machine's in memory. Loads and stores take any alignment.  Lanes never mix except in v16_sum and
+ * v16_hmax, which add in one fixed tree:  ((l0 + l8) + (l4 + l12)) + ((l2 + l10) + (l6 + l14)) +
+ * the same over odd lanes.
  *
- * Kernel files are compiled with -ffp-contract=off, so the only fused operation is v16_fma: fused with AVX2 and
- * AVX-512, a product and a sum otherwise.  Kernels that use it agree to the bit between AVX2 and
- * AVX-512; kernels without it agree between all families. */
+ * Kernel files are compiled with -ffp-contract=off, so the only fused operation is v16_fma: fused
+ * with AVX2 and AVX-512, a product and a sum otherwise.  Kernels that use it agree to the bit
+ * between AVX2 and AVX-512; kernels without it agree between all families. */
 #ifndef URCHIN_COMPUTE_VEC_H
 #define URCHIN_COMPUTE_VEC_H
 
@@ -36,15 +37,21 @@ typedef float v_part_any __attribute__((vector_size(64 / V_PARTS), aligned(4), m
 typedef int32_t v_part_i_any __attribute__((vector_size(64 / V_PARTS), aligned(4), may_alias));
 typedef uint16_t v_part_h_any __attribute__((vector_size(32 / V_PARTS), aligned(2), may_alias));
 
-typedef struct { v_part p[V_PARTS]; } v16;    /* lane l is p[l / V_LANES][l % V_LANES] */
-typedef struct { v_part_i p[V_PARTS]; } v16i; /* sixteen int32 lanes */
+typedef struct {
+    v_part p[V_PARTS];
+} v16; /* lane l is p[l / V_LANES][l % V_LANES] */
+typedef struct {
+    v_part_i p[V_PARTS];
+} v16i; /* sixteen int32 lanes */
 
 V_FN v16 v16_set1(float x) {
     v16 r;
     V_EACH r.p[i] = x - (v_part){0};
     return r;
 }
-V_FN v16 v16_zero(void) { return v16_set1(0); }
+V_FN v16 v16_zero(void) {
+    return v16_set1(0);
+}
 V_FN v16 v16_load(const float *src) {
     v16 r;
     V_EACH r.p[i] = *(const v_part_any *)(src + V_LANES * i);
@@ -131,7 +138,8 @@ V_FN v16 v16_abs(v16 a) {
 }
 
 typedef float v_quarter __attribute__((vector_size(16)));
-V_FN v_quarter v16_fold(v16 a, int max) { /* lanes l, l + 8, l + 4, l + 12 together: (0 + 8) + (4 + 12) */
+V_FN v_quarter v16_fold(v16 a,
+                        int max) { /* lanes l, l + 8, l + 4, l + 12 together: (0 + 8) + (4 + 12) */
 #if defined(__AVX512F__)
     __m256 lo = _mm512_castps512_ps256(a.p[0]);
     __m256 hi = _mm512_extractf32x8_ps(a.p[0], 1);
@@ -206,14 +214,16 @@ V_FN v16 v16_load_fp16(const uint16_t *src) {
 /* e^x to within 1.1 ulp (test_compute.c tries every exponent), denormal results included.
  * exp(-inf) = 0, overflow gives infinity, NaN stays NaN; exp(0) = 1 exactly.
  *
- * x = n ln2 + r with |r| <= ln2 / 2; e^r = 1 + r + r^2 q(r), q of degree 4 fitted for the smallest greatest
- * relative error (3.1e-9 = 2^-28.3).  2^n is applied as two factors, so that one rounding happens at most. */
+ * x = n ln2 + r with |r| <= ln2 / 2; e^r = 1 + r + r^2 q(r), q of degree 4 fitted for the smallest
+ * greatest relative error (3.1e-9 = 2^-28.3).  2^n is applied as two factors, so that one rounding
+ * happens at most. */
 V_FN v16 v16_exp(v16 x) {
     v16 r;
     V_EACH {
         /* Beyond these the result is 0 or infinity.  A NaN is the second operand, so it stays. */
         v_part limit = v_part_min(89 - (v_part){0}, v_part_max(-105 - (v_part){0}, x.p[i]));
-        const v_part magic = 0x1.8p23f - (v_part){0}; /* adding it rounds to an integer in the low bits */
+        const v_part magic =
+            0x1.8p23f - (v_part){0}; /* adding it rounds to an integer in the low bits */
         v_part shifted = v_part_fma(limit, 0x1.715476p0f - (v_part){0}, magic);
         v_part n = shifted - magic;
         /* ln2 in two parts; n times the first (15 bits) is exact */

@@ -1,4 +1,5 @@
-/* test_compute_matmul.c - packed matrices and Y = X W^T, in every instruction family this machine has. */
+/* test_compute_matmul.c - packed matrices and Y = X W^T, in every instruction family this machine
+ * has. */
 #include "compute/cpu.h"
 #include "compute/matrix.h"
 #include "compute/ops.h"
@@ -25,13 +26,15 @@ static float uniform(void) { /* [-1, 1) */
 static float *uniforms(size_t n) {
     float *x = malloc(n * sizeof *x);
     assert_non_null(x);
-    for (size_t i = 0; i < n; i++) x[i] = uniform();
+    for (size_t i = 0; i < n; i++)
+        x[i] = uniform();
     return x;
 }
 static float *nans(size_t n) {
     float *x = malloc(n * sizeof *x);
     assert_non_null(x);
-    for (size_t i = 0; i < n; i++) x[i] = NAN;
+    for (size_t i = 0; i < n; i++)
+        x[i] = NAN;
     return x;
 }
 
@@ -56,20 +59,24 @@ static struct matmul_scratch *scratch_for(int rows, int n_in) {
 
 /* x as the kernels see it: int8 and int4 quantise rows in blocks of 32 to absmax / 127. */
 static void as_seen(double *seen, const float *x, int n, enum weight_type type) {
-    for (int k = 0; k < n; k++) seen[k] = x[k];
+    for (int k = 0; k < n; k++)
+        seen[k] = x[k];
     if (type != WEIGHT_INT8 && type != WEIGHT_INT4) return;
     for (int first = 0; first < n; first += 32) {
         float absmax = 0;
         int end = first + 32 < n ? first + 32 : n;
-        for (int k = first; k < end; k++) absmax = fmaxf(absmax, fabsf(x[k]));
+        for (int k = first; k < end; k++)
+            absmax = fmaxf(absmax, fabsf(x[k]));
         for (int k = first; k < end; k++)
             seen[k] = absmax > 0 ? (double)(absmax / 127) * nearbyintf(x[k] * (127 / absmax)) : 0;
     }
 }
 
-/* Sums of fp32 in one order: each of n_in products (n_in / 32 blocks of up to 4 roundings) and each partial sum is
- * rounded once, so |error| <= (n_in + 8) 2^-24 sum |x w|, and twice that covers the bias and second order. */
-static void check_against_double(enum weight_type type, int n_rows, int n_out, int n_in, bool with_bias) {
+/* Sums of fp32 in one order: each of n_in products (n_in / 32 blocks of up to 4 roundings) and each
+ * partial sum is rounded once, so |error| <= (n_in + 8) 2^-24 sum |x w|, and twice that covers the
+ * bias and second order. */
+static void check_against_double(enum weight_type type, int n_rows, int n_out, int n_in,
+                                 bool with_bias) {
     float *w = uniforms((size_t)n_out * (size_t)n_in), *x = uniforms((size_t)n_rows * (size_t)n_in);
     float *bias = uniforms((size_t)n_out), *y = nans((size_t)n_rows * (size_t)n_out);
     float *row = malloc((size_t)n_in * sizeof *row);
@@ -102,8 +109,9 @@ static void check_against_double(enum weight_type type, int n_rows, int n_out, i
 
 static void test_matmul_is_the_sum_of_products(void **state) {
     (void)state;
-    static const int shapes[][3] = {{1, 1, 1},    {1, 172, 64},  {3, 64, 172}, {2, 48, 33}, {5, 17, 48},
-                                    {7, 100, 31}, {13, 512, 96}, {65, 33, 65}, {1, 576, 1536}};
+    static const int shapes[][3] = {{1, 1, 1},     {1, 172, 64}, {3, 64, 172},
+                                    {2, 48, 33},   {5, 17, 48},  {7, 100, 31},
+                                    {13, 512, 96}, {65, 33, 65}, {1, 576, 1536}};
     for (int isa = 0; isa <= (int)best; isa++) {
         cpu_isa_limit((enum cpu_isa)isa);
         for (size_t t = 0; t < 4; t++)
@@ -113,7 +121,8 @@ static void test_matmul_is_the_sum_of_products(void **state) {
     cpu_isa_limit(best);
 }
 
-/* Row r of a batch of any size, with any number of threads and any stride, has the bits it has alone. */
+/* Row r of a batch of any size, with any number of threads and any stride, has the bits it has
+ * alone. */
 static void test_a_row_is_the_same_bits_in_any_batch_and_team(void **state) {
     (void)state;
     enum { ROWS = 65, N_OUT = 200, N_IN = 172, X_STRIDE = 180, Y_STRIDE = 203 };
@@ -127,7 +136,8 @@ static void test_a_row_is_the_same_bits_in_any_batch_and_team(void **state) {
             float *alone = nans(ROWS * N_OUT);
             struct team *one = team_of(1);
             for (int r = 0; r < ROWS; r++)
-                matmul(one, scratch, alone + r * N_OUT, N_OUT, x + r * X_STRIDE, X_STRIDE, 1, m, NULL);
+                matmul(one, scratch, alone + r * N_OUT, N_OUT, x + r * X_STRIDE, X_STRIDE, 1, m,
+                       NULL);
             team_free(one);
             for (int n_threads = 1; n_threads <= 4; n_threads++) {
                 struct team *team = team_of(n_threads);
@@ -139,7 +149,8 @@ static void test_a_row_is_the_same_bits_in_any_batch_and_team(void **state) {
                         assert_memory_equal(y + r * Y_STRIDE, alone + (first + r) * N_OUT,
                                             N_OUT * sizeof *y);
                         for (int i = N_OUT; i < Y_STRIDE; i++)
-                            assert_true(isnan(y[r * Y_STRIDE + i])); /* nothing between rows is touched */
+                            assert_true(
+                                isnan(y[r * Y_STRIDE + i])); /* nothing between rows is touched */
                     }
                     free(y);
                 }
@@ -159,10 +170,14 @@ static void test_families_give_the_same_bits(void **state) {
     (void)state;
     enum { ROWS = 6, N_OUT = 100, N_IN = 300 };
     float *w = uniforms(N_OUT * N_IN), *x = uniforms(ROWS * N_IN);
-    for (int i = 0; i < 64; i++) x[i] = 0;                /* blocks of zeros */
-    for (int i = 64; i < 96; i++) x[i] *= 1e-34f;         /* too small to quantise */
-    for (int i = 96; i < 128; i++) x[i] = i % 2 ? 1 : -1; /* the ends of the byte range */
-    for (int i = 96; i < 128; i++) w[i] = i % 2 ? 1 : -1;
+    for (int i = 0; i < 64; i++)
+        x[i] = 0; /* blocks of zeros */
+    for (int i = 64; i < 96; i++)
+        x[i] *= 1e-34f; /* too small to quantise */
+    for (int i = 96; i < 128; i++)
+        x[i] = i % 2 ? 1 : -1; /* the ends of the byte range */
+    for (int i = 96; i < 128; i++)
+        w[i] = i % 2 ? 1 : -1;
     struct matmul_scratch *scratch = scratch_for(ROWS, N_IN);
     struct team *team = team_of(1);
     for (size_t t = 0; t < 4; t++) {
@@ -170,7 +185,8 @@ static void test_families_give_the_same_bits(void **state) {
         float *reference = nans(ROWS * N_OUT);
         cpu_isa_limit(best);
         matmul(team, scratch, reference, N_OUT, x, N_IN, ROWS, m, NULL);
-        for (int isa = types[t] == WEIGHT_FP32 || types[t] == WEIGHT_BF16; isa <= (int)best; isa++) {
+        for (int isa = types[t] == WEIGHT_FP32 || types[t] == WEIGHT_BF16; isa <= (int)best;
+             isa++) {
             float *y = nans(ROWS * N_OUT);
             cpu_isa_limit((enum cpu_isa)isa);
             assert_int_equal(cpu_isa(), isa);
@@ -206,7 +222,8 @@ static void test_not_a_number_stays_in_its_row(void **state) {
                 matmul(team, scratch, y, N_OUT, x, N_IN, ROWS, m, NULL);
                 x[2 * N_IN + 67] = kept;
                 for (int r = 0; r < ROWS; r++)
-                    for (int n = 0; n < N_OUT; n++) assert_int_equal(isfinite(y[r * N_OUT + n]), r != 2);
+                    for (int n = 0; n < N_OUT; n++)
+                        assert_int_equal(isfinite(y[r * N_OUT + n]), r != 2);
                 free(y);
                 matrix_free(m);
             }
@@ -218,8 +235,9 @@ static void test_not_a_number_stays_in_its_row(void **state) {
     free(w), free(x);
 }
 
-/* fp32 exactly; bf16 to nearest even; int8 within half a step of absmax / 127 plus the rounding of s to 11 bits
- * (127 steps each off by 2^-11 relative: 0.07 of a step); int4 likewise with 15 steps and m (2^-11 of |m| <= 1). */
+/* fp32 exactly; bf16 to nearest even; int8 within half a step of absmax / 127 plus the rounding of
+ * s to 11 bits (127 steps each off by 2^-11 relative: 0.07 of a step); int4 likewise with 15 steps
+ * and m (2^-11 of |m| <= 1). */
 static void test_rows_come_back_as_the_format_holds_them(void **state) {
     (void)state;
     enum { N_OUT = 37, N_IN = 75 };
@@ -240,12 +258,21 @@ static void test_rows_come_back_as_the_format_holds_them(void **state) {
                 float lo = 1, hi = -1;
                 for (int i = k / 32 * 32; i < k / 32 * 32 + 32 && i < N_IN; i++)
                     lo = fminf(lo, want[i]), hi = fmaxf(hi, want[i]);
-                float step = fmaxf(-lo, hi) / 127, step4 = (hi - lo) / 15, error = fabsf(row[k] - want[k]);
+                float step = fmaxf(-lo, hi) / 127, step4 = (hi - lo) / 15,
+                      error = fabsf(row[k] - want[k]);
                 switch (types[t]) {
-                case WEIGHT_FP32: assert_true(row[k] == want[k]); break;
-                case WEIGHT_BF16: assert_true(row[k] == bf16_float(bf16_round(want[k]))); break;
-                case WEIGHT_INT8: assert_true(error <= 0.57f * step); break;
-                case WEIGHT_INT4: assert_true(error <= 0.51f * step4 + 0x1p-11f); break;
+                case WEIGHT_FP32:
+                    assert_true(row[k] == want[k]);
+                    break;
+                case WEIGHT_BF16:
+                    assert_true(row[k] == bf16_float(bf16_round(want[k])));
+                    break;
+                case WEIGHT_INT8:
+                    assert_true(error <= 0.57f * step);
+                    break;
+                case WEIGHT_INT4:
+                    assert_true(error <= 0.51f * step4 + 0x1p-11f);
+                    break;
                 }
             }
         }
@@ -254,8 +281,8 @@ static void test_rows_come_back_as_the_format_holds_them(void **state) {
     free(w);
 }
 
-/* Q8_0, Q4_0 and Q4_1 files lose nothing when they are packed again, even where a block leaves out the ends of the
- * range of q or its scale is negative, as Q4_0's are. */
+/* Q8_0, Q4_0 and Q4_1 files lose nothing when they are packed again, even where a block leaves out
+ * the ends of the range of q or its scale is negative, as Q4_0's are. */
 static void test_values_from_a_quantised_file_come_back_exactly(void **state) {
     (void)state;
     enum { N_OUT = 64, N_IN = 96 };
@@ -264,7 +291,8 @@ static void test_values_from_a_quantised_file_come_back_exactly(void **state) {
         for (int first = 0; first < N_OUT * N_IN; first += 32) {
             float s = fp16_float(fp16_round(uniform())), m = fp16_float(fp16_round(uniform()));
             for (int i = 0; i < 32; i++) {
-                int r = (int)(uniform() * 1e6f), q = (r < 0 ? -r : r) % 14; /* 14 and 15 are never used */
+                int r = (int)(uniform() * 1e6f),
+                    q = (r < 0 ? -r : r) % 14; /* 14 and 15 are never used */
                 if (kind == 0) w[first + i] = s * (float)(i == 5 ? -127 : r % 128);
                 if (kind == 1) w[first + i] = s * (float)(i == 5 ? -8 : q - 8);
                 if (kind == 2) w[first + i] = fabsf(s) * (float)(i == 5 ? 0 : i == 9 ? 15 : q) + m;
