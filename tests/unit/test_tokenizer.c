@@ -329,13 +329,8 @@ static void test_words_are_those_of_the_patterns(void **state) {
         {"x\302\262\302\275 \342\205\247\331\243", "x|\302\262\302\275| |\342\205\247\331\243",
          "x|\302\262|\302\275| |\342\205\247|\331\243",
          "x|\302\262|\302\275| |\342\205\247|\331\243"},
-        {"a\xE1\xA0\x8E"
-         "b",
-         "a|\xE1\xA0\x8E"
-         "b",
-         "a|\xE1\xA0\x8E"
-         "b",
-         "a|\xE1\xA0\x8E|b"}, /* U+180E is no space */
+        {"a \xE1\xA0\x8E!", "a| \xE1\xA0\x8E!", "a| \xE1\xA0\x8E!",
+         "a| \xE1\xA0\x8E!"}, /* U+180E is no space */
     };
     static const char *const names[] = {"llama-bpe", "qwen2", "smollm", "starcoder"};
     static const char *const tokens[] = {"a", NULL};
@@ -420,6 +415,30 @@ static void test_user_text_never_becomes_a_special_token(void **state) {
     assert_string_equal(back, all); /* <0x0A> was text and is */
     free(back);
     free(r.ids);
+    tokenizer_free(t);
+}
+
+/* Vocabularies hold special tokens among the others, where merges could reach them. */
+static void test_merging_never_makes_a_special_token(void **state) {
+    (void)state;
+    struct tokenizer *t = open_text("{\"added_tokens\":[{\"id\":3,\"content\":\"<s>\",\"special\":"
+                                    "true}],\"model\":{\"vocab\":{\"<\":0,\"s\":1,"
+                                    "\">\":2,\"<s>\":3,\"<s\":4},\"merges\":[\"< s\",\"<s >\"]}}",
+                                    NULL);
+    ASSERT_IDS(t, "<s>", 0, 4, 2);
+    ASSERT_IDS(t, "<s>", TOKENIZE_SPECIAL, 3);
+    tokenizer_free(t);
+
+    static const char *const tokens[] = {"<", "s",   ">",  "<s>", "<s", "<0x41>", "<0", "x41>",
+                                         "0", "x41", "x4", "1",   "x",  "4",      NULL};
+    static const int32_t types[] = {1, 1, 1, 3, 1, 6, 1, 1, 1, 1, 1, 1, 1, 1};
+    char msg[256] = "";
+    struct gguf_text x = {
+        .model = "llama", .tokens = tokens, .types = types, .scores = (const float[14]){0}};
+    if (open_gguf_text(&t, &x, msg, sizeof msg) != OK) fail_msg("%s", msg);
+    ASSERT_IDS(t, "<s>", 0, 4, 2);
+    ASSERT_IDS(t, "<0x41>", 0, 6, 7); /* not the byte A */
+    ASSERT_IDS(t, "A", 0, 5);
     tokenizer_free(t);
 }
 
@@ -827,6 +846,7 @@ int main(void) {
         cmocka_unit_test(test_bytes_that_are_not_utf8_are_words_of_their_own),
         cmocka_unit_test(test_sentencepiece_merges_by_score_then_from_the_left),
         cmocka_unit_test(test_user_text_never_becomes_a_special_token),
+        cmocka_unit_test(test_merging_never_makes_a_special_token),
         cmocka_unit_test(test_special_tokens_are_found_only_inside_the_ranges),
         cmocka_unit_test(test_added_tokens_that_are_not_special_are_found_in_any_text),
         cmocka_unit_test(test_phi3_marks_take_the_white_space_behind_them),
