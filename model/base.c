@@ -244,8 +244,6 @@ static enum err read_freq_factors(struct base *b, const struct gguf_tensor *t, c
 }
 
 static enum err new_tensors(struct base *b, char *msg, size_t msg_len) {
-    enum err e = base_config_check(&b->config, b->path, msg, msg_len);
-    if (e) return e;
     b->tensors = calloc((size_t)b->config.n_layers * N_PARTS, sizeof *b->tensors);
     return b->tensors ? OK : err_set(msg, msg_len, ERR_NOMEM, "%s: out of memory", b->path);
 }
@@ -421,6 +419,9 @@ void base_read(const struct base_tensor *t, int first, int n_rows, float *out) {
 }
 
 enum err base_tokenizer(const struct base *b, struct tokenizer **out, char *msg, size_t msg_len) {
-    return b->gguf ? tokenizer_open_gguf(out, b->gguf, msg, msg_len)
-                   : tokenizer_open_json(out, b->path, msg, msg_len);
+    char reason[400] = "";
+    if (!b->gguf) return tokenizer_open_json(out, b->path, msg, msg_len);
+    enum err e = tokenizer_open_gguf(out, b->gguf, reason, sizeof reason);
+    return e ? err_set(msg, msg_len, e, "%s: %s", b->path, reason)
+             : OK; /* metadata does not know its file */
 }

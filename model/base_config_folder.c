@@ -181,7 +181,7 @@ enum err base_config_from_folder(struct base_config *out, const char *folder, ch
                           "%s: model_type \"%s\" is not supported; " SUPPORTED, path, type);
         refuse(&r, !is_absent(json_get(root, "quantization_config")), "quantization_config");
         add_eos(&c, json_get(root, "eos_token_id"));
-        e = r.e;
+        e = r.e ? r.e : base_config_check(&c, path, msg, msg_len);
     }
     if (!e) e = read_generation_config(&c, folder, msg, msg_len);
     if (!e) *out = c;

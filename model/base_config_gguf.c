@@ -122,7 +122,7 @@ enum err base_config_from_gguf(struct base_config *out, const struct gguf *g, co
         int64_t id;
         if (gguf_int(g, eos_keys[i], &id)) base_config_add_eos(&c, id);
     }
-    if (r.e) return r.e;
-    *out = c;
-    return OK;
+    if (!r.e) r.e = base_config_check(&c, path, msg, msg_len);
+    if (!r.e) *out = c;
+    return r.e;
 }

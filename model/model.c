@@ -135,7 +135,7 @@ static enum err override_attention(struct opening *o, struct attention_config *a
     if (options->cache_size >= 0) a->cache_size = options->cache_size;
     if (options->cache_recent >= 0)
         a->cache_recent = options->cache_recent;
-    else if (a->cache_recent > a->cache_size)
+    else if (options->cache_size >= 0 && a->cache_recent > a->cache_size)
         a->cache_recent = a->cache_size; /* a smaller cache asked for */
     if (options->cache_age >= 0) a->cache_age = options->cache_age;
     if (options->max_distance >= 0) a->max_distance = options->max_distance;

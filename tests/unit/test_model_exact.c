@@ -222,6 +222,7 @@ static void test_cuts_on_the_default_model(void **state) {
 
 static int set_up(void **state) {
     (void)state;
+    if (!mkdtemp(tiny)) return -1;
     tiny_write(tiny);
     for (int n = 1; n <= 3; n++) teams[n] = new_team(n);
     return 0;
