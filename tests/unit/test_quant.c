@@ -21,13 +21,15 @@ struct golden {
     size_t n_floats;
 };
 #define GOLDEN(NAME, name, block_size)                                                             \
-    {QUANT_##NAME,  #NAME,       block_size,                                                       \
-     name##_bytes,  sizeof name##_bytes,                                                           \
-     name##_floats, sizeof name##_floats / sizeof *name##_floats}
+    {                                                                                              \
+        QUANT_##NAME, #NAME, block_size, name##_bytes, sizeof name##_bytes, name##_floats,         \
+            sizeof name##_floats / sizeof *name##_floats                                           \
+    }
 static const struct golden goldens[] = {
-    GOLDEN(Q4_0, q4_0, 32),  GOLDEN(Q4_1, q4_1, 32),  GOLDEN(Q5_0, q5_0, 32), GOLDEN(Q5_1, q5_1, 32),
-    GOLDEN(Q8_0, q8_0, 32),  GOLDEN(Q4_K, q4_k, 256), GOLDEN(Q5_K, q5_k, 256),
-    GOLDEN(Q6_K, q6_k, 256), GOLDEN(F16, f16, 1),     GOLDEN(BF16, bf16, 1),
+    GOLDEN(Q4_0, q4_0, 32),  GOLDEN(Q4_1, q4_1, 32),  GOLDEN(Q5_0, q5_0, 32),
+    GOLDEN(Q5_1, q5_1, 32),  GOLDEN(Q8_0, q8_0, 32),  GOLDEN(Q4_K, q4_k, 256),
+    GOLDEN(Q5_K, q5_k, 256), GOLDEN(Q6_K, q6_k, 256), GOLDEN(F16, f16, 1),
+    GOLDEN(BF16, bf16, 1),
 };
 enum { N_GOLDENS = sizeof goldens / sizeof *goldens };
 

@@ -1,0 +1,212 @@
+/* test_compute_team.c - the fork-join team and big blocks of memory. */
+#include "compute/memory.h"
+#include "compute/team.h"
+#include <sched.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+enum { MAX_THREADS = 9 };
+
+static struct team *team_of(int n_threads) {
+    struct team *team = NULL;
+    assert_int_equal(team_new(&team, n_threads), OK);
+    return team;
+}
+
+/* Plain memory, no atomics: the team itself must order it, which ThreadSanitizer checks. */
+struct board {
+    long input;
+    long calls[MAX_THREADS];
+    long output[MAX_THREADS];
+    int n_threads[MAX_THREADS];
+};
+
+static void write_board(void *arg, int thread, int n_threads) {
+    struct board *b = arg;
+    b->calls[thread]++;
+    b->output[thread] = b->input * 10 + thread;
+    b->n_threads[thread] = n_threads;
+}
+
+static void check_runs(struct team *team, int n_runs, long pause_ns) {
+    struct board b = {0};
+    int n = team_size(team);
+    for (long run = 1; run <= n_runs; run++) {
+        b.input = run;
+        team_run(team, write_board, &b);
+        for (int t = 0; t < n; t++) {
+            assert_int_equal(b.calls[t], run);
+            assert_int_equal(b.output[t], run * 10 + t);
+            assert_int_equal(b.n_threads[t], n);
+        }
+        if (pause_ns) nanosleep(&(struct timespec){.tv_nsec = pause_ns}, NULL);
+    }
+}
+
+/* Back to back the workers spin; after 1 ms they sleep; pauses near 50 us hit the moment in
+ * between. */
+static void test_each_thread_is_called_once_a_run_and_sees_the_arguments(void **state) {
+    (void)state;
+    for (int n = 1; n <= MAX_THREADS; n += n < 4 ? 1 : 5) { /* 9 is more than this machine has */
+        struct team *team = team_of(n);
+        assert_int_equal(team_size(team), n);
+        check_runs(team, 2000, 0);
+        check_runs(team, 20, 1000000);
+        for (long pause = 1000; pause < 80000; pause += 1000)
+            check_runs(team, 3, pause);
+        team_free(team);
+    }
+}
+
+static void late(void *arg, int thread, int n_threads) {
+    _Atomic int *done = arg;
+    (void)n_threads;
+    if (thread)
+        nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL); /* the caller falls asleep */
+    atomic_fetch_add(done, 1);
+}
+
+static void test_a_run_ends_after_its_last_thread(void **state) {
+    (void)state;
+    struct team *team = team_of(4);
+    for (int i = 1; i <= 10; i++) {
+        _Atomic int done = 0;
+        team_run(team, late, &done);
+        assert_int_equal(atomic_load(&done), 4);
+    }
+    team_free(team);
+}
+
+static double cpu_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* 50 us of spinning by 3 workers in 100 ms, with room for a slow machine; spinning on would take
+ * 100 ms or more. */
+static void test_an_idle_team_uses_no_cpu(void **state) {
+    (void)state;
+    struct team *team = team_of(4);
+    check_runs(team, 1, 0);
+    double start = cpu_seconds();
+    nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
+    assert_true(cpu_seconds() - start < 0.02);
+    team_free(team);
+}
+
+static void test_teams_come_and_go(void **state) {
+    (void)state;
+    for (int i = 0; i < 100; i++)
+        team_free(team_of(i % 5 + 1)); /* also before their threads woke up */
+    team_free(NULL);
+    struct team *team = NULL;
+    assert_int_equal(team_new(&team, -1), ERR_ARG);
+    assert_null(team);
+}
+
+static void test_a_team_of_zero_is_as_large_as_the_cpus_allowed(void **state) {
+    (void)state;
+    cpu_set_t all, one;
+    assert_int_equal(sched_getaffinity(0, sizeof all, &all), 0);
+    struct team *team = team_of(0);
+    assert_in_range(team_size(team), 1, CPU_COUNT(&all));
+    team_free(team);
+    int cpu = 0;
+    while (!CPU_ISSET(cpu, &all))
+        cpu++;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    assert_int_equal(sched_setaffinity(0, sizeof one, &one), 0);
+    team = team_of(0);
+    assert_int_equal(team_size(team), 1);
+    team_free(team);
+    assert_int_equal(sched_setaffinity(0, sizeof all, &all), 0);
+}
+
+static void blocked_signals(void *arg, int thread, int n_threads) {
+    sigset_t *sets = arg;
+    (void)n_threads;
+    pthread_sigmask(SIG_SETMASK, NULL, &sets[thread]);
+}
+
+static void test_workers_leave_signals_to_the_callers_threads(void **state) {
+    (void)state;
+    struct team *team = team_of(3);
+    sigset_t sets[3];
+    team_run(team, blocked_signals, sets);
+    assert_false(sigismember(&sets[0], SIGTERM));
+    assert_true(sigismember(&sets[1], SIGTERM));
+    assert_true(sigismember(&sets[2], SIGTERM));
+    team_free(team);
+}
+
+static void test_memory_is_zeroed_and_aligned(void **state) {
+    (void)state;
+    static const size_t sizes[] = {1,      63, 4096, 5000, (2 << 20) - 1, 2 << 20, (2 << 20) + 1,
+                                   7 << 20};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        for (int again = 0; again < 3; again++) { /* used memory that comes back is zeroed too */
+            unsigned char *p = memory_map(sizes[i]);
+            assert_non_null(p);
+            assert_int_equal((uintptr_t)p % (sizes[i] >= 2 << 20 ? 2 << 20 : 64), 0);
+            for (size_t at = 0; at < sizes[i]; at++)
+                if (p[at]) fail_msg("byte %zu of %zu is not zero", at, sizes[i]);
+            memset(p, 0xa5, sizes[i]);
+            memory_unmap(p, sizes[i]);
+        }
+    }
+    memory_unmap(NULL, 100);
+}
+
+static long mapped_pages(void) { /* of this process, as the kernel counts them */
+    long pages = -1;
+    FILE *f = fopen("/proc/self/statm", "r");
+    assert_non_null(f);
+    assert_int_equal(fscanf(f, "%ld", &pages), 1);
+    fclose(f);
+    return pages;
+}
+
+static void test_unmapping_gives_everything_back(void **state) {
+    (void)state;
+    memory_unmap(memory_map(5 << 20), 5 << 20);
+    long before = mapped_pages();
+    for (int i = 0; i < 100; i++) {
+        size_t bytes = (size_t)(i + 1) * 100003;
+        memory_unmap(memory_map(bytes), bytes);
+    }
+    assert_int_equal(mapped_pages(), before);
+}
+
+static void test_too_much_memory_is_refused(void **state) {
+    (void)state;
+    assert_null(memory_map(SIZE_MAX));
+    assert_null(memory_map(SIZE_MAX / 2));
+    assert_null(memory_map((size_t)1 << 60));
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_each_thread_is_called_once_a_run_and_sees_the_arguments),
+        cmocka_unit_test(test_a_run_ends_after_its_last_thread),
+        cmocka_unit_test(test_an_idle_team_uses_no_cpu),
+        cmocka_unit_test(test_teams_come_and_go),
+        cmocka_unit_test(test_a_team_of_zero_is_as_large_as_the_cpus_allowed),
+        cmocka_unit_test(test_workers_leave_signals_to_the_callers_threads),
+        cmocka_unit_test(test_memory_is_zeroed_and_aligned),
+        cmocka_unit_test(test_unmapping_gives_everything_back),
+        cmocka_unit_test(test_too_much_memory_is_refused),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
