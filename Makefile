@@ -127,9 +127,9 @@ test-clients: ## real OpenAI clients against a running server (needs PyPI)
 fresh: ## the README's commands and the Dockerfile's steps in a clean Debian 12 root
 	@tests/fresh
 
-bench: ## every benchmark in bench/
+bench: ## every speed in bench/RESULTS.md, measured again
 	@$(MAKE) --no-print-directory $(BUILD)/urchin
-	@for b in bench/*.sh; do echo "== $$b"; $$b || exit; done
+	@for b in decode_depth.sh batch.sh prefill.sh server_curl.sh server_load.py; do echo "== bench/$$b"; bench/$$b || exit; done
 
 format: ## clang-format over all sources
 	clang-format -i $(foreach d,$(LAYERS) tests docs,$(shell find $d -name '*.[ch]'))
