@@ -2,8 +2,8 @@
 #include "server/answer.h"
 
 #include "config/log.h"
-#include "server/openai.h"
 #include "server/buffer.h"
+#include "server/openai.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,24 +11,26 @@
 #include <sys/random.h>
 #include <time.h>
 
-/* A stream takes no more events while so much of its output is unread: the rest stays in the ticket, which counts it. */
+/* A stream takes no more events while so much of its output is unread: the rest stays in the
+ * ticket, which counts it. */
 enum { STREAM_ENOUGH = 8 << 10 };
 
-struct part { /* one prompt */
-    int32_t *ids;          /* owned until submitted */
+struct part {     /* one prompt */
+    int32_t *ids; /* owned until submitted */
     size_t n_ids;
     char *echo;            /* owned; the prompt as text when it is to be repeated, valid UTF-8 */
     struct ticket *ticket; /* owned; NULL before submission and after the end */
 };
 
 struct choice {
-    struct buffer text;   /* whole answers: what there is so far */
+    struct buffer text; /* whole answers: what there is so far */
     cJSON *logprobs;    /* owned; not yet sent, or whole answers: all.  NULL: none */
     int64_t offset;     /* characters of text before the next token */
     bool began;         /* a stream's role or echo is out */
     bool finished;
     enum finish_reason finish;
-    cJSON *stop_reason; /* owned until sent; vLLM's: the stop string or token that fired, else null */
+    cJSON
+        *stop_reason; /* owned until sent; vLLM's: the stop string or token that fired, else null */
 };
 
 struct answer {
@@ -38,10 +40,10 @@ struct answer {
     void *notify_arg;
     char id[40];
     int64_t created;
-    struct part *parts;     /* [n_prompts] */
+    struct part *parts; /* [n_prompts] */
     size_t n_parts, n_submitted, n_running, at_once;
     struct choice *choices; /* [n_prompts * n] */
-    struct buffer output;     /* streams */
+    struct buffer output;   /* streams */
     struct sched_usage usage;
     struct api_error error;
     bool failed, began, done, waits;
@@ -57,10 +59,6 @@ static void make_id(char *out, size_t len, const char *prefix) {
         n += snprintf(out + n, len - (size_t)n, "%02x", bytes[i]);
 }
 
-static bool no_memory(struct api_error *e) {
-    return api_fail(e, 503, "out_of_memory", NULL, "The server is out of memory, try again.");
-}
-
 static const char *prompt_field(const struct answer *a) {
     return a->request.chat ? "messages" : "prompt";
 }
@@ -71,7 +69,7 @@ static bool read_chat(struct answer *a, struct part *p, struct api_error *e) {
     enum err err = chat_render(model_chat(a->served->model), r->messages, r->n_messages,
                                r->add_generation_prompt, r->continue_final, &p->ids, &p->n_ids, msg,
                                sizeof msg);
-    if (err == ERR_NOMEM) return no_memory(e);
+    if (err == ERR_NOMEM) return api_out_of_memory(e);
     if (err != OK) return api_fail(e, 400, "invalid_value", "messages", "%s", msg);
     return true;
 }
@@ -84,21 +82,20 @@ static bool read_prompt(struct answer *a, struct part *p, const struct api_promp
     if (prompt->text) {
         int flags = TOKENIZE_SPECIAL | (a->request.add_special ? TOKENIZE_ADD_BOS_EOS : 0);
         if (tokenize(t, prompt->text, prompt->text_len, flags, &p->ids, &p->n_ids) != OK)
-            return no_memory(e);
+            return api_out_of_memory(e);
     } else {
         p->ids = malloc(prompt->n_ids * sizeof *p->ids);
-        if (!p->ids) return no_memory(e);
+        if (!p->ids) return api_out_of_memory(e);
         memcpy(p->ids, prompt->ids, prompt->n_ids * sizeof *p->ids);
         p->n_ids = prompt->n_ids;
     }
     if (!a->request.echo) return true;
-    if (!prompt->text &&
-        detokenize(t, p->ids, p->n_ids, false, true, &echo, &echo_len) != OK)
-        return no_memory(e);
+    if (!prompt->text && detokenize(t, p->ids, p->n_ids, false, true, &echo, &echo_len) != OK)
+        return api_out_of_memory(e);
     enum err err = prompt->text ? utf8_repair(prompt->text, prompt->text_len, &p->echo, &echo_len)
                                 : utf8_repair(echo, echo_len, &p->echo, &echo_len);
     free(echo);
-    return err == OK || no_memory(e);
+    return err == OK || api_out_of_memory(e);
 }
 
 static bool check_ids(const struct answer *a, const int32_t *ids, size_t n, const char *param,
@@ -116,10 +113,12 @@ static bool check_part(const struct answer *a, const struct part *p, struct api_
     int64_t limit = model_info(a->served->model)->max_seq_len;
     int64_t max = a->request.generate.max_tokens, n = (int64_t)p->n_ids;
     if (n == 0)
-        return api_fail(e, 400, "invalid_value", prompt_field(a), "'%s' is empty: expected at least one token.", prompt_field(a));
+        return api_fail(e, 400, "invalid_value", prompt_field(a),
+                        "'%s' is empty: expected at least one token.", prompt_field(a));
     if (limit && (n > limit || (max > 0 && max > limit - n) || (max < 0 && n == limit)))
         return api_fail(e, 400, "context_length_exceeded", prompt_field(a),
-                        "This model's maximum context length is %lld tokens, but %lld were asked for (%lld in the prompt, %lld to be generated).",
+                        "This model's maximum context length is %lld tokens, but %lld were asked "
+                        "for (%lld in the prompt, %lld to be generated).",
                         (long long)limit, (long long)(n + (max > 0 ? max : 1)), (long long)n,
                         (long long)(max > 0 ? max : 1));
     return check_ids(a, p->ids, p->n_ids, prompt_field(a), e);
@@ -130,7 +129,8 @@ static bool read_parts(struct answer *a, struct api_error *e) {
     const struct sampling *s = &r->generate.sampling;
     for (int i = 0; i < s->n_bias; i++)
         if (!check_ids(a, &s->bias[i].token, 1, "logit_bias", e)) return false;
-    if (!check_ids(a, r->generate.stop_tokens, (size_t)r->generate.n_stop_tokens, "stop_token_ids", e))
+    if (!check_ids(a, r->generate.stop_tokens, (size_t)r->generate.n_stop_tokens, "stop_token_ids",
+                   e))
         return false;
     for (size_t i = 0; i < a->n_parts; i++) {
         struct part *p = &a->parts[i];
@@ -139,7 +139,8 @@ static bool read_parts(struct answer *a, struct api_error *e) {
         if (a->served->log_prompts) {
             char *text;
             size_t len;
-            if (detokenize(model_tokenizer(a->served->model), p->ids, p->n_ids, true, false, &text, &len) != OK)
+            if (detokenize(model_tokenizer(a->served->model), p->ids, p->n_ids, true, false, &text,
+                           &len) != OK)
                 continue;
             log_event(LOG_INFO, "prompt", "id=%s index=%zu text=%s", a->id, i, text);
             free(text);
@@ -148,7 +149,8 @@ static bool read_parts(struct answer *a, struct api_error *e) {
     return true;
 }
 
-/* Submits prompts while there is room.  false: *e says why the answer fails; a full queue fails only the first prompt. */
+/* Submits prompts while there is room.  false: *e says why the answer fails; a full queue fails
+ * only the first prompt. */
 static bool submit_more(struct answer *a, struct api_error *e) {
     a->waits = false;
     while (a->n_submitted < a->n_parts && a->n_running < a->at_once) {
@@ -171,7 +173,7 @@ static bool submit_more(struct answer *a, struct api_error *e) {
             e->retry_after_s = retry_after;
             return false;
         }
-        if (err == ERR_NOMEM) return no_memory(e);
+        if (err == ERR_NOMEM) return api_out_of_memory(e);
         if (err == ERR_ARG) return api_fail(e, 400, "invalid_value", NULL, "%s", msg);
         if (err != OK) return api_fail(e, 500, "generation_failed", NULL, "%s", msg);
         free(p->ids);
@@ -185,10 +187,11 @@ static bool submit_more(struct answer *a, struct api_error *e) {
 bool answer_new(struct answer **out, struct served *served, struct api_request *request,
                 void (*notify)(void *arg), void *arg, struct api_error *e) {
     if (request->model && strcmp(request->model, served->name) != 0)
-        return api_fail(e, 404, "model_not_found", "model", "The model '%.200s' does not exist; this server has '%.200s'.",
+        return api_fail(e, 404, "model_not_found", "model",
+                        "The model '%.200s' does not exist; this server has '%.200s'.",
                         request->model, served->name);
     struct answer *a = calloc(1, sizeof *a);
-    if (!a) return no_memory(e);
+    if (!a) return api_out_of_memory(e);
     struct sched_stats stats;
     sched_stats(served->sched, &stats);
     a->served = served;
@@ -204,9 +207,11 @@ bool answer_new(struct answer **out, struct served *served, struct api_request *
     a->choices = calloc(a->n_parts * (size_t)request->generate.n, sizeof *a->choices);
     if (!request->has_seed) {
         uint64_t seed;
-        if (getrandom(&seed, sizeof seed, 0) == sizeof seed) a->request.generate.sampling.seed = seed;
+        if (getrandom(&seed, sizeof seed, 0) == sizeof seed)
+            a->request.generate.sampling.seed = seed;
     }
-    bool good = a->parts && a->choices ? read_parts(a, e) && submit_more(a, e) : no_memory(e);
+    bool good =
+        a->parts && a->choices ? read_parts(a, e) && submit_more(a, e) : api_out_of_memory(e);
     if (good) {
         *out = a;
         *request = (struct api_request){0};
@@ -258,7 +263,9 @@ void answer_free(struct answer *a) {
 
 static cJSON *envelope(const struct answer *a, cJSON *choices) {
     const struct api_request *r = &a->request;
-    const char *object = !r->chat ? "text_completion" : r->stream ? "chat.completion.chunk" : "chat.completion";
+    const char *object = !r->chat    ? "text_completion"
+                         : r->stream ? "chat.completion.chunk"
+                                     : "chat.completion";
     cJSON *root = cJSON_CreateObject();
     json_add(root, "id", cJSON_CreateString(a->id));
     json_add(root, "object", cJSON_CreateString(object));
@@ -280,7 +287,9 @@ static void add_logprobs(cJSON *item, struct choice *c) {
 }
 
 static void add_finish(cJSON *item, struct choice *c) {
-    json_add(item, "finish_reason", c->finished ? cJSON_CreateString(openai_finish_reason(c->finish)) : cJSON_CreateNull());
+    json_add(item, "finish_reason",
+             c->finished ? cJSON_CreateString(openai_finish_reason(c->finish))
+                         : cJSON_CreateNull());
     if (!c->finished) return;
     json_add(item, "stop_reason", or_null(c->stop_reason));
     c->stop_reason = NULL;
@@ -290,8 +299,10 @@ static void send_event(struct answer *a, cJSON *root) {
     char *json = cJSON_PrintUnformatted(root);
     cJSON_Delete(root);
     buffer_append(&a->output, "data: ", 6);
-    if (json) buffer_append(&a->output, json, strlen(json));
-    else a->output.failed = true;
+    if (json)
+        buffer_append(&a->output, json, strlen(json));
+    else
+        a->output.failed = true;
     buffer_append(&a->output, "\n\n", 2);
     cJSON_free(json);
 }
@@ -311,14 +322,19 @@ static void send_delta(struct answer *a, size_t index, const char *role, const c
     json_add(item, "index", cJSON_CreateNumber((double)index));
     if (role) json_add(delta, "role", cJSON_CreateString(role));
     if (!last) json_add(delta, "content", json_text(text, len));
-    if (role || last) json_add(item, "logprobs", cJSON_CreateNull());
-    else add_logprobs(item, c);
-    if (last) add_finish(item, c);
-    else json_add(item, "finish_reason", cJSON_CreateNull());
+    if (role || last)
+        json_add(item, "logprobs", cJSON_CreateNull());
+    else
+        add_logprobs(item, c);
+    if (last)
+        add_finish(item, c);
+    else
+        json_add(item, "finish_reason", cJSON_CreateNull());
     send_choice(a, item);
 }
 
-/* The role comes with the first token, not before: clients take the first chunk for the time to first token. */
+/* The role comes with the first token, not before: clients take the first chunk for the time to
+ * first token. */
 static void stream_chat(struct answer *a, size_t index, const char *text, size_t len) {
     struct choice *c = &a->choices[index];
     if (!c->began) send_delta(a, index, "assistant", "", 0, false);
@@ -365,8 +381,9 @@ static int64_t count_characters(const char *text) {
     return n;
 }
 
-/* The prompt's log-probabilities, for each of its choices.  A tokenizer may put a space in front of a text (SentencePiece): the
- * tokens then hold one character more than the text, and it is the first one's. */
+/* The prompt's log-probabilities, for each of its choices.  A tokenizer may put a space in front of
+ * a text (SentencePiece): the tokens then hold one character more than the text, and it is the
+ * first one's. */
 static void take_prompt_logprobs(struct answer *a, size_t part, const struct sched_event *ev) {
     const struct tokenizer *t = model_tokenizer(a->served->model);
     int n = a->request.generate.n;
@@ -374,11 +391,14 @@ static void take_prompt_logprobs(struct answer *a, size_t part, const struct sch
     for (int k = 0; k < n; k++) {
         struct choice *c = &a->choices[part * (size_t)n + (size_t)k];
         c->logprobs = legacy_logprobs_new();
-        legacy_logprobs_add(c->logprobs, t, ev->tokens, ev->n_tokens, a->request.token_ids_as_text, &c->offset);
+        legacy_logprobs_add(c->logprobs, t, ev->tokens, ev->n_tokens, a->request.token_ids_as_text,
+                            &c->offset);
         int64_t extra = c->offset - echo_len;
         cJSON *offset = cJSON_GetObjectItemCaseSensitive(c->logprobs, "text_offset");
         for (offset = offset ? offset->child : NULL; extra > 0 && offset; offset = offset->next)
-            cJSON_SetNumberValue(offset, offset->valuedouble > (double)extra ? offset->valuedouble - (double)extra : 0);
+            cJSON_SetNumberValue(offset, offset->valuedouble > (double)extra
+                                             ? offset->valuedouble - (double)extra
+                                             : 0);
         c->offset = echo_len;
     }
 }
@@ -402,14 +422,16 @@ static void take_finish(struct answer *a, struct choice *c, const struct sched_e
     c->finish = ev->finish;
     if (ev->stop_string) c->stop_reason = json_text(ev->stop_string, strlen(ev->stop_string));
     for (int i = 0; i < g->n_stop_tokens; i++)
-        if (ev->stop_token == g->stop_tokens[i]) c->stop_reason = cJSON_CreateNumber(ev->stop_token);
+        if (ev->stop_token == g->stop_tokens[i])
+            c->stop_reason = cJSON_CreateNumber(ev->stop_token);
 }
 
 static void take_event(struct answer *a, size_t part, const struct sched_event *ev) {
     if (ev->finish == FINISH_ERROR || ev->finish == FINISH_CANCELLED) {
         a->failed = true;
         if (ev->finish == FINISH_ERROR)
-            api_fail(&a->error, 500, "generation_failed", NULL, "%s", ev->error ? ev->error : "The model failed.");
+            api_fail(&a->error, 500, "generation_failed", NULL, "%s",
+                     ev->error ? ev->error : "The model failed.");
         else
             api_fail(&a->error, 503, "shutting_down", NULL, "The server is shutting down.");
         return;
@@ -421,7 +443,8 @@ static void take_event(struct answer *a, size_t part, const struct sched_event *
     }
     size_t index = part * (size_t)a->request.generate.n + (size_t)ev->choice;
     struct choice *c = &a->choices[index];
-    if (a->request.echo && !c->began && !c->offset) c->offset = count_characters(a->parts[part].echo);
+    if (a->request.echo && !c->began && !c->offset)
+        c->offset = count_characters(a->parts[part].echo);
     take_logprobs(a, c, ev);
     if (ev->finish != FINISH_NONE) take_finish(a, c, ev);
     if (!a->request.stream) {
@@ -497,9 +520,11 @@ char *answer_body(struct answer *a) {
     bool failed = false;
     for (size_t i = 0; i < n; i++) {
         struct choice *c = &a->choices[i];
-        cJSON *item = cJSON_CreateObject(), *text = json_text(c->text.bytes ? c->text.bytes : "", c->text.len);
+        cJSON *item = cJSON_CreateObject(),
+              *text = json_text(c->text.bytes ? c->text.bytes : "", c->text.len);
         if (a->served->log_prompts)
-            log_event(LOG_INFO, "answer", "id=%s index=%zu text=%.*s", a->id, i, (int)c->text.len, c->text.bytes ? c->text.bytes : "");
+            log_event(LOG_INFO, "answer", "id=%s index=%zu text=%.*s", a->id, i, (int)c->text.len,
+                      c->text.bytes ? c->text.bytes : "");
         failed = failed || c->text.failed || !text;
         json_add(item, "index", cJSON_CreateNumber((double)i));
         if (a->request.chat) {

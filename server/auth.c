@@ -20,7 +20,8 @@ enum err auth_new(struct auth **out, const char *keys, char *msg, size_t msg_len
         return OK;
     }
     size_t most = 1;
-    for (const char *p = keys; *p; p++) most += *p == ',';
+    for (const char *p = keys; *p; p++)
+        most += *p == ',';
     a->required = true;
     a->text = strdup(keys);
     a->keys = calloc(most, sizeof *a->keys);
@@ -31,7 +32,8 @@ enum err auth_new(struct auth **out, const char *keys, char *msg, size_t msg_len
     for (char *rest = a->text, *key; (key = strsep(&rest, ",")) != NULL;) {
         key += strspn(key, " \t");
         size_t n = strlen(key);
-        while (n && strchr(" \t\r\n", key[n - 1])) n--;
+        while (n && strchr(" \t\r\n", key[n - 1]))
+            n--;
         key[n] = 0;
         if (n == 0) {
             auth_free(a);

@@ -11,7 +11,8 @@ void buffer_append(struct buffer *t, const char *bytes, size_t len) {
     if (t->failed || len == 0) return;
     if (len > t->room - t->len) {
         size_t room = t->room ? t->room : 256;
-        while (room - t->len < len) room *= 2;
+        while (room - t->len < len)
+            room *= 2;
         char *more = realloc(t->bytes, room);
         if (!more) {
             t->failed = true;

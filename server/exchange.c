@@ -58,7 +58,8 @@ static enum MHD_Result look_at_header(void *cls, enum MHD_ValueKind kind, const 
     return MHD_YES;
 }
 
-/* What a proxy and we might read differently must not be read at all (RFC 9112 6.3: request smuggling). */
+/* What a proxy and we might read differently must not be read at all (RFC 9112 6.3: request
+ * smuggling). */
 static bool framing_is_clear(struct exchange *x) {
     struct framing f = {0};
     MHD_get_connection_values(x->connection, MHD_HEADER_KIND, look_at_header, &f);
@@ -72,21 +73,24 @@ static void check_head(struct exchange *x) {
     const union MHD_ConnectionInfo *size =
         MHD_get_connection_info(x->connection, MHD_CONNECTION_INFO_REQUEST_HEADER_SIZE);
     if (size && size->header_size > (size_t)h->settings->header_limit_kb * 1024) {
-        api_fail(e, 431, "headers_too_large", NULL, "The request's headers are larger than %lld KiB.",
+        api_fail(e, 431, "headers_too_large", NULL,
+                 "The request's headers are larger than %lld KiB.",
                  (long long)h->settings->header_limit_kb);
         return;
     }
     if (strcmp(x->method, "OPTIONS") == 0) return;
     x->route = route_find(x->method, x->path, allow, sizeof allow);
     if (!x->route && allow[0]) {
-        api_fail(e, 405, "method_not_allowed", NULL, "%s is not allowed here, only %s.", x->method, allow);
+        api_fail(e, 405, "method_not_allowed", NULL, "%s is not allowed here, only %s.", x->method,
+                 allow);
         return;
     }
     if (!x->route) {
         api_fail(e, 404, "not_found", NULL, "There is nothing at %.200s.", x->path);
         return;
     }
-    if (!x->route->open && !auth_allows(h->auth, header(x, "Authorization"), header(x, "X-Api-Key"))) {
+    if (!x->route->open &&
+        !auth_allows(h->auth, header(x, "Authorization"), header(x, "X-Api-Key"))) {
         bool none = !header(x, "Authorization") && !header(x, "X-Api-Key");
         api_fail(e, 401, "invalid_api_key", NULL,
                  none ? "This server asks for an API key: send it as 'Authorization: Bearer KEY'."
@@ -94,7 +98,8 @@ static void check_head(struct exchange *x) {
         return;
     }
     const char *length = header(x, "Content-Length");
-    if (length && strtoull(length, NULL, 10) > (unsigned long long)h->settings->body_limit_kb * 1024) {
+    if (length &&
+        strtoull(length, NULL, 10) > (unsigned long long)h->settings->body_limit_kb * 1024) {
         api_fail(e, 413, "body_too_large", NULL, "The request's body is larger than %lld KiB.",
                  (long long)h->settings->body_limit_kb);
         return;
@@ -121,7 +126,8 @@ static void add_cors(struct exchange *x, struct MHD_Response *r) {
     add_header(r, "Access-Control-Allow-Origin", origin);
     if (strcmp(origin, "*") != 0) add_header(r, "Vary", "Origin");
     if (strcmp(x->method, "OPTIONS") != 0) {
-        add_header(r, "Access-Control-Expose-Headers", "x-request-id, openai-processing-ms, retry-after");
+        add_header(r, "Access-Control-Expose-Headers",
+                   "x-request-id, openai-processing-ms, retry-after");
         return;
     }
     const char *asked = header(x, "Access-Control-Request-Headers");
@@ -129,12 +135,14 @@ static void add_cors(struct exchange *x, struct MHD_Response *r) {
     for (const char *p = asked; plain && *p; p++)
         plain = isalnum((unsigned char)*p) || strchr("-_, ", *p);
     add_header(r, "Access-Control-Allow-Methods", "GET, POST, OPTIONS");
-    add_header(r, "Access-Control-Allow-Headers", plain ? asked : "authorization, content-type, x-api-key, x-request-id");
+    add_header(r, "Access-Control-Allow-Headers",
+               plain ? asked : "authorization, content-type, x-api-key, x-request-id");
     add_header(r, "Access-Control-Max-Age", "86400");
 }
 
 /* r is taken. */
-static enum MHD_Result queue(struct exchange *x, int status, const char *type, struct MHD_Response *r) {
+static enum MHD_Result queue(struct exchange *x, int status, const char *type,
+                             struct MHD_Response *r) {
     char ms[32];
     if (!r) return MHD_NO;
     x->status = status;
@@ -159,7 +167,8 @@ enum MHD_Result exchange_reply(struct exchange *x, int status, const char *type,
 
 enum MHD_Result exchange_reply_static(struct exchange *x, int status, const char *type,
                                       const char *body, size_t len) {
-    return queue(x, status, type, MHD_create_response_from_buffer(len, (void *)body, MHD_RESPMEM_PERSISTENT));
+    return queue(x, status, type,
+                 MHD_create_response_from_buffer(len, (void *)body, MHD_RESPMEM_PERSISTENT));
 }
 
 enum MHD_Result exchange_reply_json(struct exchange *x, int status, cJSON *root) {
@@ -173,7 +182,8 @@ enum MHD_Result exchange_reply_error(struct exchange *x, const struct api_error 
     char *body = cJSON_PrintUnformatted(root), allow[64], seconds[32];
     cJSON_Delete(root);
     if (!body) return MHD_NO;
-    struct MHD_Response *r = MHD_create_response_from_buffer(strlen(body), body, MHD_RESPMEM_MUST_FREE);
+    struct MHD_Response *r =
+        MHD_create_response_from_buffer(strlen(body), body, MHD_RESPMEM_MUST_FREE);
     if (!r) {
         free(body);
         return MHD_NO;
@@ -236,7 +246,8 @@ static enum MHD_Result reply_answer(struct exchange *x) {
         char *body = answer_body(x->answer);
         return body ? exchange_reply(x, 200, "application/json", body, strlen(body)) : MHD_NO;
     }
-    struct MHD_Response *r = MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, 1024, read_stream, x, NULL);
+    struct MHD_Response *r =
+        MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, 1024, read_stream, x, NULL);
     if (!r) return MHD_NO;
     add_header(r, "Cache-Control", "no-cache");
     add_header(r, "X-Accel-Buffering", "no");
@@ -289,8 +300,9 @@ static struct exchange *begin(struct http *h, struct MHD_Connection *connection,
 static enum MHD_Result take_head(struct exchange *x) {
     if (!framing_is_clear(x)) { /* where the body ends is unknown: answer and close */
         struct api_error e;
-        api_fail(&e, 400, "invalid_request", NULL,
-                 "The request must carry one Content-Length or 'Transfer-Encoding: chunked', not both.");
+        api_fail(
+            &e, 400, "invalid_request", NULL,
+            "The request must carry one Content-Length or 'Transfer-Encoding: chunked', not both.");
         return exchange_reply_error(x, &e);
     }
     check_head(x);
@@ -303,11 +315,14 @@ static enum MHD_Result take_body(struct exchange *x, const char *bytes, size_t n
     http_request_bytes(x->http, x->connection, n);
     x->body_bytes += n;
     if (x->body_bytes > limit && !x->error.status)
-        api_fail(&x->error, 413, "body_too_large", NULL, "The request's body is larger than %lld KiB.",
+        api_fail(&x->error, 413, "body_too_large", NULL,
+                 "The request's body is larger than %lld KiB.",
                  (long long)x->http->settings->body_limit_kb);
     if (x->body_bytes / DROP_FACTOR > limit) return MHD_NO;
-    if (x->error.status) buffer_free(&x->body);
-    else buffer_append(&x->body, bytes, n);
+    if (x->error.status)
+        buffer_free(&x->body);
+    else
+        buffer_append(&x->body, bytes, n);
     return MHD_YES;
 }
 
@@ -330,8 +345,7 @@ enum MHD_Result exchange_handle(void *cls, struct MHD_Connection *connection, co
     }
     if (x->answer) return reply_answer(x);
     http_request_whole(h, connection);
-    if (x->body.failed)
-        api_fail(&x->error, 503, "out_of_memory", NULL, "The server is out of memory, try again.");
+    if (x->body.failed) api_out_of_memory(&x->error);
     if (x->error.status) return exchange_reply_error(x, &x->error);
     if (!x->route) /* OPTIONS */
         return exchange_reply_static(x, 204, NULL, "", 0);
@@ -348,16 +362,19 @@ void exchange_completed(void *cls, struct MHD_Connection *connection, void **sta
     if (x->answer) {
         struct sched_usage u = answer_usage(x->answer);
         bool whole = code == MHD_REQUEST_TERMINATED_COMPLETED_OK && !x->gone;
-        log_event(LOG_INFO, "request", "id=%s method=%s path=%s status=%d ms=%.1f prompt_tokens=%lld completion_tokens=%lld%s",
-                  x->id, x->method, x->path, x->status, (http_now() - x->started) * 1e3,
-                  (long long)u.prompt_tokens, (long long)u.completion_tokens,
-                  whole ? "" : " client_left=true");
+        log_event(
+            LOG_INFO, "request",
+            "id=%s method=%s path=%s status=%d ms=%.1f prompt_tokens=%lld completion_tokens=%lld%s",
+            x->id, x->method, x->path, x->status, (http_now() - x->started) * 1e3,
+            (long long)u.prompt_tokens, (long long)u.completion_tokens,
+            whole ? "" : " client_left=true");
         answer_free(x->answer); /* from here on nothing notifies x */
         h->n_answering--;
     } else {
         bool routine = x->route && x->route->open;
-        log_event(routine ? LOG_DEBUG : LOG_INFO, "request", "id=%s method=%s path=%s status=%d ms=%.1f", x->id,
-                  x->method, x->path, x->status, (http_now() - x->started) * 1e3);
+        log_event(routine ? LOG_DEBUG : LOG_INFO, "request",
+                  "id=%s method=%s path=%s status=%d ms=%.1f", x->id, x->method, x->path, x->status,
+                  (http_now() - x->started) * 1e3);
     }
     http_unwatch(h, x);
     http_exchange_ends(h, x);

@@ -1,10 +1,10 @@
 /* exchange.h - one HTTP request and its response, from the first header to the last byte.
  *
- * All exchanges live on the server's one thread.  One that waits for tokens is suspended (libmicrohttpd then
- * forgets its socket) and watched for a client that leaves; the scheduler thread's only touch is http_notify(), which puts the exchange
- * on the ready list.
- * A request that is refused for its head (path, key, size) still has its body read and dropped, up to a bound, so that
- * clients which send before they read see the answer. */
+ * All exchanges live on the server's one thread.  One that waits for tokens is suspended
+ * (libmicrohttpd then forgets its socket) and watched for a client that leaves; the scheduler
+ * thread's only touch is http_notify(), which puts the exchange on the ready list. A request that
+ * is refused for its head (path, key, size) still has its body read and dropped, up to a bound, so
+ * that clients which send before they read see the answer. */
 #ifndef URCHIN_SERVER_EXCHANGE_H
 #define URCHIN_SERVER_EXCHANGE_H
 
@@ -13,7 +13,7 @@
 
 #include <microhttpd.h>
 
-struct http; /* http.h */
+struct http;  /* http.h */
 struct route; /* routes.h */
 
 struct exchange {
@@ -25,15 +25,15 @@ struct exchange {
     const struct route *route; /* NULL: none of that path */
     char *path;                /* owned; decoded, without the query */
     const char *method;        /* libmicrohttpd's, as long as the request */
-    char id[68];               /* x-request-id */
+    char id[65];               /* x-request-id */
     double started;            /* seconds, monotonic */
     struct buffer body;
-    size_t body_bytes;         /* received, dropped ones included */
-    struct api_error error;    /* status 0: none; what the response will say once the body is in */
-    struct answer *answer;     /* owned; NULL: replied at once */
-    int watched_fd;            /* -1: not watched */
-    bool suspended, gone;      /* gone: the client has left */
-    int status;                /* of the response; 0: none yet */
+    size_t body_bytes;      /* received, dropped ones included */
+    struct api_error error; /* status 0: none; what the response will say once the body is in */
+    struct answer *answer;  /* owned; NULL: replied at once */
+    int watched_fd;         /* -1: not watched */
+    bool suspended, gone;   /* gone: the client has left */
+    int status;             /* of the response; 0: none yet */
 };
 
 /* libmicrohttpd's callbacks; cls is the struct http. */
@@ -44,7 +44,8 @@ void exchange_completed(void *cls, struct MHD_Connection *connection, void **sta
                         enum MHD_RequestTerminationCode code);
 
 void exchange_advance(struct exchange *x); /* the scheduler has delivered something */
-void exchange_abandon(struct exchange *x); /* the client has left, or the server stops: frees the slots now */
+void exchange_abandon(
+    struct exchange *x); /* the client has left, or the server stops: frees the slots now */
 
 /* ---- for routes: each queues the response; to be called once ---- */
 enum MHD_Result exchange_reply(struct exchange *x, int status, const char *type, char *body,
@@ -53,6 +54,7 @@ enum MHD_Result exchange_reply_static(struct exchange *x, int status, const char
                                       const char *body, size_t len); /* body lives for ever */
 enum MHD_Result exchange_reply_json(struct exchange *x, int status, cJSON *root); /* root taken */
 enum MHD_Result exchange_reply_error(struct exchange *x, const struct api_error *e);
-enum MHD_Result exchange_generate(struct exchange *x, struct api_request *request); /* *request taken */
+enum MHD_Result exchange_generate(struct exchange *x,
+                                  struct api_request *request); /* *request taken */
 
 #endif

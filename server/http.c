@@ -33,7 +33,8 @@ double http_now(void) {
 
 void http_wake(struct http *h) {
     uint64_t one = 1;
-    while (write(h->wake_fd, &one, sizeof one) < 0 && errno == EINTR) {}
+    while (write(h->wake_fd, &one, sizeof one) < 0 && errno == EINTR) {
+    }
 }
 
 /* ---- connections and their deadlines ---- */
@@ -102,7 +103,8 @@ static void count(struct http *h, const struct exchange *x) {
     static const int statuses[HTTP_STATUSES - 1] = {200, 204, 400, 401, 404, 405, 413, 431, 429, 500, 503, 0};
     /* clang-format on */
     int route = x->route ? (int)(x->route - routes) : n_routes, status = 0;
-    while (status < HTTP_STATUSES - 1 && statuses[status] != x->status) status++;
+    while (status < HTTP_STATUSES - 1 && statuses[status] != x->status)
+        status++;
     h->requests[route][status]++;
 }
 
@@ -156,7 +158,8 @@ static bool retry_waiting(struct http *h) {
     return any;
 }
 
-/* A peer that ends its half of the connection is taken for gone: HTTP clients do not shut down one half and wait. */
+/* A peer that ends its half of the connection is taken for gone: HTTP clients do not shut down one
+ * half and wait. */
 enum err http_watch(struct http *h, struct exchange *x) {
     int fd = MHD_get_connection_info(x->connection, MHD_CONNECTION_INFO_CONNECTION_FD)->connect_fd;
     struct epoll_event ev = {.events = EPOLLRDHUP | EPOLLET, .data.ptr = x};
@@ -177,7 +180,8 @@ static void log_daemon(void *cls, const char *format, va_list args) {
     (void)cls;
     vsnprintf(line, sizeof line, format, args);
     size_t n = strlen(line);
-    while (n && line[n - 1] == '\n') line[--n] = 0;
+    while (n && line[n - 1] == '\n')
+        line[--n] = 0;
     log_event(LOG_DEBUG, "http", "%s", line);
 }
 
@@ -201,9 +205,10 @@ static enum err open_descriptors(struct http *h) {
     return OK;
 }
 
-enum err http_open(struct http *h, const struct settings *settings, struct auth *auth, int listen_fd,
-                   char *msg, size_t msg_len) {
-    *h = (struct http){.settings = settings, .auth = auth, .epoll_fd = -1, .wake_fd = -1, .signal_fd = -1};
+enum err http_open(struct http *h, const struct settings *settings, struct auth *auth,
+                   int listen_fd, char *msg, size_t msg_len) {
+    *h = (struct http){
+        .settings = settings, .auth = auth, .epoll_fd = -1, .wake_fd = -1, .signal_fd = -1};
     pthread_mutex_init(&h->ready_mu, NULL);
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
@@ -211,9 +216,9 @@ enum err http_open(struct http *h, const struct settings *settings, struct auth 
     /* Room beyond the limit, so that slightly too large headers get our own answer. */
     size_t pool = (size_t)settings->header_limit_kb * 1024 + 4096;
     h->daemon = MHD_start_daemon(
-        MHD_USE_EPOLL | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG, 0, NULL, NULL, exchange_handle,
-        h, MHD_OPTION_EXTERNAL_LOGGER, log_daemon, NULL, MHD_OPTION_LISTEN_SOCKET, listen_fd,
-        MHD_OPTION_NOTIFY_COMPLETED, exchange_completed, h, MHD_OPTION_NOTIFY_CONNECTION,
+        MHD_USE_EPOLL | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG, 0, NULL, NULL,
+        exchange_handle, h, MHD_OPTION_EXTERNAL_LOGGER, log_daemon, NULL, MHD_OPTION_LISTEN_SOCKET,
+        listen_fd, MHD_OPTION_NOTIFY_COMPLETED, exchange_completed, h, MHD_OPTION_NOTIFY_CONNECTION,
         on_connection, h, MHD_OPTION_CONNECTION_MEMORY_LIMIT, pool, MHD_OPTION_CONNECTION_LIMIT,
         (unsigned)settings->max_connections, MHD_OPTION_CONNECTION_TIMEOUT,
         (unsigned)settings->idle_timeout_s, MHD_OPTION_STRICT_FOR_CLIENT, 1,
@@ -231,7 +236,8 @@ enum err http_open(struct http *h, const struct settings *settings, struct auth 
 static int milliseconds_to_wait(struct http *h, bool waiting) {
     MHD_UNSIGNED_LONG_LONG theirs;
     int ours = waiting ? RETRY_MS : SWEEP_MS;
-    if (MHD_get_timeout(h->daemon, &theirs) == MHD_YES && theirs < (unsigned)ours) return (int)theirs;
+    if (MHD_get_timeout(h->daemon, &theirs) == MHD_YES && theirs < (unsigned)ours)
+        return (int)theirs;
     return ours;
 }
 
@@ -279,7 +285,8 @@ void http_run(struct http *h, void (*on_ready)(void *arg), void *arg) {
             announced = true;
             on_ready(arg);
         }
-        for (struct exchange *x; (x = pop_ready(h)) != NULL;) exchange_advance(x);
+        for (struct exchange *x; (x = pop_ready(h)) != NULL;)
+            exchange_advance(x);
         waiting = retry_waiting(h);
         MHD_run(h->daemon);
         double now = http_now();
@@ -296,7 +303,8 @@ void http_run(struct http *h, void (*on_ready)(void *arg), void *arg) {
 
 void http_close(struct http *h) {
     if (h->daemon) {
-        for (struct exchange *x = h->exchanges; x; x = x->next) exchange_abandon(x);
+        for (struct exchange *x = h->exchanges; x; x = x->next)
+            exchange_abandon(x);
         MHD_run(h->daemon); /* libmicrohttpd must have no suspended connection when it stops */
         MHD_stop_daemon(h->daemon);
     }

@@ -1,9 +1,10 @@
 /* http.h - the HTTP server: one thread, one epoll, libmicrohttpd run from our own loop.
  *
- * The loop waits on libmicrohttpd's epoll, a wake-up descriptor (the scheduler thread and the loader), signals, and the sockets of
- * suspended connections, whose clients may leave.  Every call into libmicrohttpd comes from this thread.
- * Deadlines: a connection has idle_timeout seconds to send the whole head of a request, then as long again (and one second for every
- * 16 KiB received) for its body; one whose reader takes nothing for idle_timeout is closed. */
+ * The loop waits on libmicrohttpd's epoll, a wake-up descriptor (the scheduler thread and the
+ * loader), signals, and the sockets of suspended connections, whose clients may leave.  Every call
+ * into libmicrohttpd comes from this thread. Deadlines: a connection has idle_timeout seconds to
+ * send the whole head of a request, then as long again (and one second for every 16 KiB received)
+ * for its body; one whose reader takes nothing for idle_timeout is closed. */
 #ifndef URCHIN_SERVER_HTTP_H
 #define URCHIN_SERVER_HTTP_H
 
@@ -30,37 +31,40 @@ struct http {
     struct MHD_Daemon *daemon;
     int epoll_fd, wake_fd, signal_fd;
     struct exchange *exchanges;
-    int n_answering;                 /* exchanges that hold an answer */
+    int n_answering; /* exchanges that hold an answer */
     struct connection *connections;
     int n_connections;
     uint64_t requests[HTTP_ROUTES][HTTP_STATUSES]; /* by route and status: metrics.c */
-    double started;                  /* unix seconds */
+    double started;                                /* unix seconds */
 
-    pthread_mutex_t ready_mu;        /* guards the list and the exchanges' ready, next_ready */
+    pthread_mutex_t ready_mu; /* guards the list and the exchanges' ready, next_ready */
     struct exchange *ready;
 };
 
 /* listen_fd is taken. */
-enum err http_open(struct http *h, const struct settings *settings, struct auth *auth, int listen_fd,
-                   char *msg, size_t msg_len);
+enum err http_open(struct http *h, const struct settings *settings, struct auth *auth,
+                   int listen_fd, char *msg, size_t msg_len);
 
-/* Serves until a signal ends it: SIGTERM or SIGINT drains (--drain-timeout), a second one or SIGHUP ends at once; or until the phase is
- * PHASE_FAILED.  on_ready is called once, when the phase is PHASE_READY. */
+/* Serves until a signal ends it: SIGTERM or SIGINT drains (--drain-timeout), a second one or SIGHUP
+ * ends at once; or until the phase is PHASE_FAILED.  on_ready is called once, when the phase is
+ * PHASE_READY. */
 void http_run(struct http *h, void (*on_ready)(void *arg), void *arg);
 
 /* Ends what is still there.  After it, nothing calls the scheduler. */
 void http_close(struct http *h);
 
-void http_wake(struct http *h);               /* any thread */
-void http_notify(void *exchange);             /* sched_submit's notify */
-double http_now(void);                        /* seconds, monotonic */
+void http_wake(struct http *h);   /* any thread */
+void http_notify(void *exchange); /* sched_submit's notify */
+double http_now(void);            /* seconds, monotonic */
 
 /* For exchanges. */
 void http_exchange_begins(struct http *h, struct exchange *x);
 void http_exchange_ends(struct http *h, struct exchange *x);
-enum err http_watch(struct http *h, struct exchange *x);     /* tells exchange_abandon when the client leaves */
+enum err http_watch(struct http *h,
+                    struct exchange *x); /* tells exchange_abandon when the client leaves */
 void http_unwatch(struct http *h, struct exchange *x);
 void http_request_bytes(struct http *h, struct MHD_Connection *c, size_t n); /* n more of a body */
-void http_request_whole(struct http *h, struct MHD_Connection *c);           /* no deadline until the response is out */
+void http_request_whole(struct http *h,
+                        struct MHD_Connection *c); /* no deadline until the response is out */
 
 #endif

@@ -10,10 +10,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const kind_names[] = {[ATTENTION_SOFTMAX] = "softmax", [ATTENTION_HEDGEHOG] = "hedgehog"};
-static const char *const map_names[] = {[MAP_EXP] = "exp", [MAP_SOFTMAX2] = "softmax2", [MAP_JOINT_SOFTMAX] = "joint_softmax"};
-static const char *const window_names[] = {[WINDOW_NONE] = "none", [WINDOW_SLIDING] = "sliding", [WINDOW_TERRACED] = "terraced"};
-static const char *const mixing_names[] = {[MIXING_UNIFIED] = "unified", [MIXING_LOLCATS] = "lolcats"};
+static const char *const kind_names[] = {
+    [ATTENTION_SOFTMAX] = "softmax", [ATTENTION_HEDGEHOG] = "hedgehog"};
+static const char *const map_names[] = {
+    [MAP_EXP] = "exp", [MAP_SOFTMAX2] = "softmax2", [MAP_JOINT_SOFTMAX] = "joint_softmax"};
+static const char *const window_names[] = {
+    [WINDOW_NONE] = "none", [WINDOW_SLIDING] = "sliding", [WINDOW_TERRACED] = "terraced"};
+static const char *const mixing_names[] = {
+    [MIXING_UNIFIED] = "unified", [MIXING_LOLCATS] = "lolcats"};
 static const char *const kv_names[] = {[KV_FP32] = "fp32", [KV_BF16] = "bf16"};
 
 static void add_text(cJSON *object, const char *name, const char *text) {
@@ -58,7 +62,8 @@ cJSON *served_meta(const struct model *model) {
     add_number(m, "n_vocab", i->vocab_size);
     add_number(m, "n_ctx_train", (double)i->context);
     add_number(m, "measured_to", (double)i->measured_to);
-    json_add(m, "max_seq_len", i->max_seq_len ? cJSON_CreateNumber((double)i->max_seq_len) : cJSON_CreateNull());
+    json_add(m, "max_seq_len",
+             i->max_seq_len ? cJSON_CreateNumber((double)i->max_seq_len) : cJSON_CreateNull());
     add_text(m, "weights", weight_type_name(i->weights));
     add_number(m, "size", (double)i->weight_bytes);
     add_number(m, "slot_bytes", (double)i->slot_bytes);
@@ -74,17 +79,21 @@ cJSON *served_meta(const struct model *model) {
 static const char *size_text(char *out, size_t len, double bytes) {
     static const char *const units[] = {"bytes", "KiB", "MiB", "GiB"};
     int u = 0;
-    while (bytes >= 1024 && u < 3) bytes /= 1024, u++;
+    while (bytes >= 1024 && u < 3)
+        bytes /= 1024, u++;
     snprintf(out, len, u ? "%.1f %s" : "%.0f %s", bytes, units[u]);
     return out;
 }
 
 static void print_attention(const struct attention_config *c) {
-    printf("attention     %s, %d heads of %d, %d kv heads\n", kind_names[c->kind], c->n_heads, c->head_dim, c->n_kv_heads);
+    printf("attention     %s, %d heads of %d, %d kv heads\n", kind_names[c->kind], c->n_heads,
+           c->head_dim, c->n_kv_heads);
     if (c->kind == ATTENTION_SOFTMAX) return;
-    printf("  map         %s of %d features, %s RoPE\n", map_names[c->map], 2 * c->features, c->map_before_rope ? "before" : "after");
-    printf("  exact keys  window %s of %d, %d sinks, recall cache %d (%d recent), in %s\n", window_names[c->window],
-           c->window_size, c->sinks, c->cache_size, c->cache_recent, kv_names[c->kv_type]);
+    printf("  map         %s of %d features, %s RoPE\n", map_names[c->map], 2 * c->features,
+           c->map_before_rope ? "before" : "after");
+    printf("  exact keys  window %s of %d, %d sinks, recall cache %d (%d recent), in %s\n",
+           window_names[c->window], c->window_size, c->sinks, c->cache_size, c->cache_recent,
+           kv_names[c->kv_type]);
     printf("  mixing      %s", mixing_names[c->mixing]);
     if (c->horizon) printf(", horizon %lld keys", (long long)c->horizon);
     if (c->max_distance) printf(", farthest distance %lld", (long long)c->max_distance);
@@ -96,25 +105,34 @@ static void print_info(const struct model *model) {
     char weights[32], slot[32], state[32];
     bool grows = i->attention.kind == ATTENTION_SOFTMAX;
     printf("model         %s\n", i->name);
-    printf("architecture  %s, %d layers of %d (feed-forward %d), vocabulary %d, %.1f M parameters\n", i->architecture,
-           i->n_layers, i->hidden_dim, i->ffn_dim, i->vocab_size, (double)i->n_params / 1e6);
-    if (i->base_path) printf("base          %s\n              sha256 %s\n", i->base_path, i->base_sha256);
+    printf(
+        "architecture  %s, %d layers of %d (feed-forward %d), vocabulary %d, %.1f M parameters\n",
+        i->architecture, i->n_layers, i->hidden_dim, i->ffn_dim, i->vocab_size,
+        (double)i->n_params / 1e6);
+    if (i->base_path)
+        printf("base          %s\n              sha256 %s\n", i->base_path, i->base_sha256);
     print_attention(&i->attention);
     printf("chat format   %s\n", chat_family_name(chat_family(model_chat(model))));
-    printf("weights       %s, %s; kernels %s\n", weight_type_name(i->weights), size_text(weights, sizeof weights, (double)i->weight_bytes), cpu_isa_name(cpu_isa()));
-    printf("a sequence    %s in a slot, %s saved%s\n", size_text(slot, sizeof slot, (double)i->slot_bytes),
-           size_text(state, sizeof state, (double)i->state_bytes), grows ? " at full length" : ", whatever its length");
+    printf("weights       %s, %s; kernels %s\n", weight_type_name(i->weights),
+           size_text(weights, sizeof weights, (double)i->weight_bytes), cpu_isa_name(cpu_isa()));
+    printf("a sequence    %s in a slot, %s saved%s\n",
+           size_text(slot, sizeof slot, (double)i->slot_bytes),
+           size_text(state, sizeof state, (double)i->state_bytes),
+           grows ? " at full length" : ", whatever its length");
     printf("capacity      %d sequences\n", i->n_slots);
     printf("length        trained to %lld tokens", (long long)i->context);
     if (i->measured_to != i->context) printf(", measured to %lld", (long long)i->measured_to);
-    if (i->max_seq_len) printf(", at most %lld\n", (long long)i->max_seq_len);
-    else printf(", no limit\n");
+    if (i->max_seq_len)
+        printf(", at most %lld\n", (long long)i->max_seq_len);
+    else
+        printf(", no limit\n");
 }
 
 int info_main(const struct settings *settings, struct team *team) {
     struct model *model;
     char msg[512];
-    if (open_model(&model, settings, settings->max_seqs, team, show_progress, msg, sizeof msg) != OK) {
+    if (open_model(&model, settings, settings->max_seqs, team, show_progress, msg, sizeof msg) !=
+        OK) {
         fprintf(stderr, "urchin: %s\n", msg);
         return 1;
     }

@@ -16,7 +16,8 @@
 #include <string.h>
 
 static void configure_log(const struct settings *s) {
-    static const char *const levels[] = {[LOG_DEBUG] = "debug", [LOG_INFO] = "info", [LOG_WARN] = "warn", [LOG_ERROR] = "error"};
+    static const char *const levels[] = {
+        [LOG_DEBUG] = "debug", [LOG_INFO] = "info", [LOG_WARN] = "warn", [LOG_ERROR] = "error"};
     enum log_level level = s->command == COMMAND_SERVE ? LOG_INFO : LOG_WARN; /* "auto" */
     for (int i = LOG_DEBUG; i <= LOG_ERROR; i++)
         if (strcmp(s->log_level, levels[i]) == 0) level = (enum log_level)i;
@@ -28,8 +29,8 @@ static void limit_isa(const struct settings *s) {
         if (strcmp(s->isa, cpu_isa_name((enum cpu_isa)isa)) == 0) cpu_isa_limit((enum cpu_isa)isa);
 }
 
-/* The server takes signals from a descriptor: they are blocked before the first thread exists.  A client that has left is an error
- * of write(), not a signal. */
+/* The server takes signals from a descriptor: they are blocked before the first thread exists.  A
+ * client that has left is an error of write(), not a signal. */
 static void prepare_signals(enum command command) {
     signal(SIGPIPE, command == COMMAND_SERVE ? SIG_IGN : SIG_DFL);
     if (command != COMMAND_SERVE) return;
@@ -42,7 +43,8 @@ static void prepare_signals(enum command command) {
 }
 
 static int run_command(struct settings *s) {
-    static struct team *team; /* not freed: a model may still be loading when a signal ends the server */
+    static struct team
+        *team; /* not freed: a model may still be loading when a signal ends the server */
     char path[MAX_PATH], msg[1024];
     prepare_signals(s->command);
     if (!s->model) {
@@ -57,12 +59,18 @@ static int run_command(struct settings *s) {
         return 1;
     }
     switch (s->command) {
-    case COMMAND_SERVE: return serve_main(s, team);
-    case COMMAND_RUN: return run_main(s, team);
-    case COMMAND_INFO: return info_main(s, team);
-    case COMMAND_EVAL: return eval_main(s, team);
-    case COMMAND_BENCH: return bench_main(s, team);
-    default: return 1;
+    case COMMAND_SERVE:
+        return serve_main(s, team);
+    case COMMAND_RUN:
+        return run_main(s, team);
+    case COMMAND_INFO:
+        return info_main(s, team);
+    case COMMAND_EVAL:
+        return eval_main(s, team);
+    case COMMAND_BENCH:
+        return bench_main(s, team);
+    default:
+        return 1;
     }
 }
 

@@ -12,7 +12,8 @@ cJSON *openai_error(const struct api_error *e) {
     cJSON *root = cJSON_CreateObject(), *error = cJSON_AddObjectToObject(root, "error");
     json_add(error, "message", json_text(e->message, strlen(e->message)));
     json_add(error, "type", cJSON_CreateString(e->type));
-    json_add(error, "param", e->param[0] ? json_text(e->param, strlen(e->param)) : cJSON_CreateNull());
+    json_add(error, "param",
+             e->param[0] ? json_text(e->param, strlen(e->param)) : cJSON_CreateNull());
     json_add(error, "code", e->code ? cJSON_CreateString(e->code) : cJSON_CreateNull());
     return root;
 }
@@ -26,7 +27,9 @@ cJSON *openai_model(const struct served *s) {
     json_add(m, "owned_by", cJSON_CreateString("urchin"));
     json_add(m, "root", json_text(info->name, strlen(info->name)));
     json_add(m, "parent", cJSON_CreateNull());
-    json_add(m, "max_model_len", info->max_seq_len ? cJSON_CreateNumber((double)info->max_seq_len) : cJSON_CreateNull());
+    json_add(m, "max_model_len",
+             info->max_seq_len ? cJSON_CreateNumber((double)info->max_seq_len)
+                               : cJSON_CreateNull());
     json_add(m, "meta", served_meta(s->model));
     return m;
 }
@@ -150,7 +153,8 @@ void chat_logprobs_add(cJSON *object, const struct tokenizer *t, const struct sc
         cJSON *item = chat_token(t, tokens[i].token, tokens[i].logprob, as_ids);
         cJSON *top = cJSON_CreateArray();
         for (int j = 0; j < tokens[i].n_top; j++)
-            cJSON_AddItemToArray(top, chat_token(t, tokens[i].top[j].token, tokens[i].top[j].logprob, as_ids));
+            cJSON_AddItemToArray(
+                top, chat_token(t, tokens[i].top[j].token, tokens[i].top[j].logprob, as_ids));
         json_add(item, "top_logprobs", top);
         cJSON_AddItemToArray(content, item);
     }

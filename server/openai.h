@@ -11,8 +11,8 @@ cJSON *openai_usage(const struct sched_usage *usage);
 const char *openai_finish_reason(enum finish_reason reason); /* "stop", "length" */
 
 /* Log-probabilities.  as_ids: tokens are written "token_id:7".
- * Legacy (completions): *offset is the character position of the first token in the returned text and is moved on;
- * object is made by legacy_logprobs_new and grows by these tokens. */
+ * Legacy (completions): *offset is the character position of the first token in the returned text
+ * and is moved on; object is made by legacy_logprobs_new and grows by these tokens. */
 cJSON *legacy_logprobs_new(void);
 void legacy_logprobs_add(cJSON *object, const struct tokenizer *t, const struct sched_token *tokens,
                          int n_tokens, bool as_ids, int64_t *offset);

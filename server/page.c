@@ -1,4 +1,5 @@
-/* page.c - page.html as it lies in the source folder, inside the program (built from the repository root). */
+/* page.c - page.html as it lies in the source folder, inside the program (built from the repository
+ * root). */
 #include "server/page.h"
 
 __asm__(".section .rodata\n"

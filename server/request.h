@@ -1,28 +1,15 @@
-/* request.h - the bodies clients send, checked: bytes -> struct, or the error OpenAI's clients expect.
+/* request.h - the bodies clients send, checked: bytes -> struct, or the error OpenAI's clients
+ * expect.
  *
- * Unknown fields are ignored, null means absent, and a known field of the wrong type or out of range is a 400 that names
- * it.  Nothing here knows sockets or a model, so the parsers can be fuzzed; what needs the model (names, token ids, lengths)
- * is checked in answer.c. */
+ * Unknown fields are ignored, null means absent, and a known field of the wrong type or out of
+ * range is a 400 that names it.  Nothing here knows sockets or a model, so the parsers can be
+ * fuzzed; what needs the model (names, token ids, lengths) is checked in answer.c. */
 #ifndef URCHIN_SERVER_REQUEST_H
 #define URCHIN_SERVER_REQUEST_H
 
-#include "config/json.h"
 #include "model/chat.h"
 #include "scheduler/scheduler.h"
-
-/* OpenAI's error object with its HTTP status.  type and code are literals; code NULL and param "" are null on the wire. */
-struct api_error {
-    int status;
-    const char *type, *code;
-    char param[64];
-    char message[512];
-    double retry_after_s; /* > 0: Retry-After */
-};
-
-/* Fills *e and returns false, so that `return api_fail(e, ...)` reads well.  param may be NULL. */
-__attribute__((format(printf, 5, 6))) bool api_fail(struct api_error *e, int status,
-                                                    const char *code, const char *param,
-                                                    const char *format, ...);
+#include "server/fields.h"
 
 struct api_prompt {
     const char *text; /* NULL: token ids */
@@ -34,7 +21,7 @@ struct api_prompt {
 /* A completion or chat completion.  Owned memory: api_request_free. */
 struct api_request {
     bool chat;
-    const char *model;            /* NULL: not given */
+    const char *model;             /* NULL: not given */
     struct sched_request generate; /* all but the prompt; max_tokens -1: not given (chat) */
     bool has_seed;
     bool stream, include_usage;
@@ -58,8 +45,8 @@ bool api_parse_completion(struct api_request *out, const char *body, size_t len,
 bool api_parse_chat(struct api_request *out, const char *body, size_t len, struct api_error *e);
 void api_request_free(struct api_request *r); /* a zeroed one is fine */
 
-/* POST /tokenize: llama-server's {content, add_special, parse_special, with_pieces} and vLLM's {prompt or messages,
- * add_special_tokens, add_generation_prompt, return_token_strs}. */
+/* POST /tokenize: llama-server's {content, add_special, parse_special, with_pieces} and vLLM's
+ * {prompt or messages, add_special_tokens, add_generation_prompt, return_token_strs}. */
 struct api_tokenize {
     struct api_request request; /* messages when chat, else one text prompt */
     bool parse_special, with_pieces, with_strings;

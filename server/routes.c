@@ -18,14 +18,15 @@ static struct served *served(struct exchange *x) {
 
 static enum MHD_Result no_memory(struct exchange *x) {
     struct api_error e;
-    api_fail(&e, 503, "out_of_memory", NULL, "The server is out of memory, try again.");
+    api_out_of_memory(&e);
     return exchange_reply_error(x, &e);
 }
 
 /* ---- about the server ---- */
 
 static enum MHD_Result get_page(struct exchange *x) {
-    return exchange_reply_static(x, 200, "text/html; charset=utf-8", page_html, (size_t)(page_html_end - page_html));
+    return exchange_reply_static(x, 200, "text/html; charset=utf-8", page_html,
+                                 (size_t)(page_html_end - page_html));
 }
 
 static enum MHD_Result get_health(struct exchange *x) {
@@ -53,7 +54,8 @@ static enum MHD_Result get_version(struct exchange *x) {
 static enum MHD_Result get_metrics(struct exchange *x) {
     size_t len;
     char *text = metrics_text(x->http, &len);
-    return text ? exchange_reply(x, 200, "text/plain; version=0.0.4; charset=utf-8", text, len) : no_memory(x);
+    return text ? exchange_reply(x, 200, "text/plain; version=0.0.4; charset=utf-8", text, len)
+                : no_memory(x);
 }
 
 static enum MHD_Result get_models(struct exchange *x) {
@@ -66,8 +68,10 @@ static enum MHD_Result get_models(struct exchange *x) {
 static enum MHD_Result get_model(struct exchange *x) {
     const char *name = x->path + strlen("/v1/models/");
     struct api_error e;
-    if (strcmp(name, served(x)->name) == 0) return exchange_reply_json(x, 200, openai_model(served(x)));
-    api_fail(&e, 404, "model_not_found", "model", "The model '%.200s' does not exist; this server has '%.200s'.", name, served(x)->name);
+    if (strcmp(name, served(x)->name) == 0)
+        return exchange_reply_json(x, 200, openai_model(served(x)));
+    api_fail(&e, 404, "model_not_found", "model",
+             "The model '%.200s' does not exist; this server has '%.200s'.", name, served(x)->name);
     return exchange_reply_error(x, &e);
 }
 
@@ -75,7 +79,8 @@ static enum MHD_Result get_model(struct exchange *x) {
 
 static cJSON *ids_array(const int32_t *ids, size_t n) {
     cJSON *array = cJSON_CreateArray();
-    for (size_t i = 0; i < n; i++) cJSON_AddItemToArray(array, cJSON_CreateNumber(ids[i]));
+    for (size_t i = 0; i < n; i++)
+        cJSON_AddItemToArray(array, cJSON_CreateNumber(ids[i]));
     return array;
 }
 
@@ -89,11 +94,13 @@ static cJSON *piece(const struct tokenizer *t, int32_t id) {
     free(valid);
     if (is_valid) return json_text(bytes, len);
     cJSON *array = cJSON_CreateArray();
-    for (size_t i = 0; i < len; i++) cJSON_AddItemToArray(array, cJSON_CreateNumber((unsigned char)bytes[i]));
+    for (size_t i = 0; i < len; i++)
+        cJSON_AddItemToArray(array, cJSON_CreateNumber((unsigned char)bytes[i]));
     return array;
 }
 
-static cJSON *tokenize_reply(struct exchange *x, const struct api_tokenize *asked, const int32_t *ids, size_t n) {
+static cJSON *tokenize_reply(struct exchange *x, const struct api_tokenize *asked,
+                             const int32_t *ids, size_t n) {
     const struct tokenizer *t = model_tokenizer(served(x)->model);
     int64_t limit = model_info(served(x)->model)->max_seq_len;
     cJSON *root = cJSON_CreateObject();
@@ -124,11 +131,14 @@ static enum MHD_Result post_tokenize(struct exchange *x) {
     char msg[256];
     int32_t *ids;
     size_t n;
-    if (!api_parse_tokenize(&asked, x->body.bytes, x->body.len, &e)) return exchange_reply_error(x, &e);
+    if (!api_parse_tokenize(&asked, x->body.bytes, x->body.len, &e))
+        return exchange_reply_error(x, &e);
     struct api_request *r = &asked.request;
-    int flags = (asked.parse_special ? TOKENIZE_SPECIAL : 0) | (r->add_special ? TOKENIZE_ADD_BOS_EOS : 0);
+    int flags =
+        (asked.parse_special ? TOKENIZE_SPECIAL : 0) | (r->add_special ? TOKENIZE_ADD_BOS_EOS : 0);
     enum err err = r->chat ? chat_render(model_chat(served(x)->model), r->messages, r->n_messages,
-                                         r->add_generation_prompt, r->continue_final, &ids, &n, msg, sizeof msg)
+                                         r->add_generation_prompt, r->continue_final, &ids, &n, msg,
+                                         sizeof msg)
                            : tokenize(model_tokenizer(served(x)->model), r->prompts[0].text,
                                       r->prompts[0].text_len, flags, &ids, &n);
     api_request_free(r);
@@ -148,11 +158,14 @@ static enum MHD_Result post_detokenize(struct exchange *x) {
     char *text;
     size_t len;
     const struct tokenizer *t = model_tokenizer(served(x)->model);
-    if (!api_parse_detokenize(&asked, x->body.bytes, x->body.len, &e)) return exchange_reply_error(x, &e);
+    if (!api_parse_detokenize(&asked, x->body.bytes, x->body.len, &e))
+        return exchange_reply_error(x, &e);
     int vocab = tokenizer_vocab_size(t);
     for (size_t i = 0; i < asked.n_ids; i++)
         if (asked.ids[i] >= vocab) {
-            api_fail(&e, 400, "invalid_value", "tokens", "Token id %d is outside the vocabulary of %d tokens.", (int)asked.ids[i], vocab);
+            api_fail(&e, 400, "invalid_value", "tokens",
+                     "Token id %d is outside the vocabulary of %d tokens.", (int)asked.ids[i],
+                     vocab);
             free(asked.ids);
             return exchange_reply_error(x, &e);
         }
@@ -177,7 +190,8 @@ static enum MHD_Result get_tokenizer_info(struct exchange *x) {
     cJSON *root = cJSON_CreateObject();
     add_token(root, "bos_token", t, tokenizer_bos(t));
     add_token(root, "eos_token", t, tokenizer_eos(t));
-    add_token(root, "pad_token", t, tokenizer_eos(t)); /* batches are ragged here: nothing is padded */
+    add_token(root, "pad_token", t,
+              tokenizer_eos(t)); /* batches are ragged here: nothing is padded */
     json_add(root, "add_bos_token", cJSON_CreateBool(tokenizer_add_bos(t)));
     json_add(root, "add_eos_token", cJSON_CreateBool(tokenizer_add_eos(t)));
     json_add(root, "vocab_size", cJSON_CreateNumber(tokenizer_vocab_size(t)));
@@ -187,7 +201,9 @@ static enum MHD_Result get_tokenizer_info(struct exchange *x) {
 
 /* ---- generation ---- */
 
-static enum MHD_Result post_generate(struct exchange *x, bool (*parse)(struct api_request *, const char *, size_t, struct api_error *)) {
+static enum MHD_Result post_generate(struct exchange *x,
+                                     bool (*parse)(struct api_request *, const char *, size_t,
+                                                   struct api_error *)) {
     struct api_request request;
     struct api_error e;
     if (!parse(&request, x->body.bytes, x->body.len, &e)) return exchange_reply_error(x, &e);
@@ -222,7 +238,8 @@ const struct route routes[] = {
 };
 /* clang-format on */
 const int n_routes = sizeof routes / sizeof *routes;
-static_assert(sizeof routes / sizeof *routes < HTTP_ROUTES, "http.h counts requests by route and one more");
+static_assert(sizeof routes / sizeof *routes < HTTP_ROUTES,
+              "http.h counts requests by route and one more");
 
 static bool matches(const struct route *r, const char *path) {
     size_t n = strlen(r->path);
@@ -230,13 +247,15 @@ static bool matches(const struct route *r, const char *path) {
     return strncmp(r->path, path, n - 1) == 0 && path[n - 1];
 }
 
-const struct route *route_find(const char *method, const char *path, char *allow, size_t allow_len) {
+const struct route *route_find(const char *method, const char *path, char *allow,
+                               size_t allow_len) {
     if (strcmp(method, "HEAD") == 0) method = "GET"; /* libmicrohttpd leaves the body out */
     allow[0] = 0;
     for (int i = 0; i < n_routes; i++) {
         if (!matches(&routes[i], path)) continue;
         if (strcmp(routes[i].method, method) == 0) return &routes[i];
-        snprintf(allow, allow_len, strcmp(routes[i].method, "GET") == 0 ? "GET, HEAD, OPTIONS" : "POST, OPTIONS");
+        snprintf(allow, allow_len,
+                 strcmp(routes[i].method, "GET") == 0 ? "GET, HEAD, OPTIONS" : "POST, OPTIONS");
     }
     return NULL;
 }

@@ -45,8 +45,11 @@ static enum err read_tokens(struct talk *t, const int32_t *ids, size_t n) {
     if (limit && model_slot_position(t->model, 0) + (int64_t)n > limit)
         return fail(t, ERR_ARG, "the model's longest sequence is reached (see --max-seq-len)");
     for (size_t done = 0; done < n && !interrupted;) {
-        size_t rows = n - done < (size_t)t->settings->prefill_chunk ? n - done : (size_t)t->settings->prefill_chunk;
-        struct model_run run = {.slot = 0, .n_rows = (int)rows, .tokens = ids + done, .n_logits = 1};
+        size_t rows = n - done < (size_t)t->settings->prefill_chunk
+                          ? n - done
+                          : (size_t)t->settings->prefill_chunk;
+        struct model_run run = {
+            .slot = 0, .n_rows = (int)rows, .tokens = ids + done, .n_logits = 1};
         enum err err = model_step(t->model, &run, 1, &t->logits);
         if (err) return fail(t, err, "the model's step failed");
         done += rows;
@@ -94,9 +97,10 @@ static enum err generate(struct talk *t) {
 
 /* ---- turns ---- */
 
-static enum err render(struct talk *t, const struct chat_message *messages, size_t n, bool open_last,
-                       int32_t **ids, size_t *n_ids) {
-    return chat_render(model_chat(t->model), messages, n, !open_last, open_last, ids, n_ids, t->msg, sizeof t->msg);
+static enum err render(struct talk *t, const struct chat_message *messages, size_t n,
+                       bool open_last, int32_t **ids, size_t *n_ids) {
+    return chat_render(model_chat(t->model), messages, n, !open_last, open_last, ids, n_ids, t->msg,
+                       sizeof t->msg);
 }
 
 static struct chat_message message(const char *role, const char *text, size_t len) {
@@ -113,12 +117,15 @@ static enum err first_turn(struct talk *t, const char *text, int32_t **ids, size
     return render(t, messages, n, false, ids, n_ids);
 }
 
-/* What follows the answer in the state: the end of its turn, and the new question.  Found by rendering the last exchange with its answer
- * left open, and again with the new question: the second goes on where the first ends.  *skip: tokens already in the state. */
-static enum err next_turn(struct talk *t, const char *text, int32_t **ids, size_t *n_ids, size_t *skip) {
-    struct chat_message messages[3] = {message("user", t->question, strlen(t->question)),
-                                       message("assistant", t->answer.bytes ? t->answer.bytes : "", t->answer.len),
-                                       message("user", text, strlen(text))};
+/* What follows the answer in the state: the end of its turn, and the new question.  Found by
+ * rendering the last exchange with its answer left open, and again with the new question: the
+ * second goes on where the first ends.  *skip: tokens already in the state. */
+static enum err next_turn(struct talk *t, const char *text, int32_t **ids, size_t *n_ids,
+                          size_t *skip) {
+    struct chat_message messages[3] = {
+        message("user", t->question, strlen(t->question)),
+        message("assistant", t->answer.bytes ? t->answer.bytes : "", t->answer.len),
+        message("user", text, strlen(text))};
     int32_t *open;
     size_t n_open;
     enum err err = render(t, messages, 2, true, &open, &n_open);
@@ -193,11 +200,14 @@ static enum err answer_once(struct talk *t) {
     struct buffer input = {0};
     if (!t->settings->prompt) {
         char block[4096];
-        for (size_t n; (n = fread(block, 1, sizeof block, stdin)) > 0;) buffer_append(&input, block, n);
-        while (input.len && input.bytes[input.len - 1] == '\n') input.len--;
+        for (size_t n; (n = fread(block, 1, sizeof block, stdin)) > 0;)
+            buffer_append(&input, block, n);
+        while (input.len && input.bytes[input.len - 1] == '\n')
+            input.len--;
         buffer_append(&input, "", 1);
     }
-    enum err err = input.failed ? fail(t, ERR_NOMEM, "out of memory") : turn(t, t->settings->prompt ? t->settings->prompt : input.bytes);
+    enum err err = input.failed ? fail(t, ERR_NOMEM, "out of memory")
+                                : turn(t, t->settings->prompt ? t->settings->prompt : input.bytes);
     buffer_free(&input);
     putchar('\n');
     return err;
@@ -216,13 +226,15 @@ static enum err open_talk(struct talk *t, struct team *team) {
     t->sampling.top_k = s->top_k;
     t->sampling.min_p = (float)s->min_p;
     t->sampling.seed = (uint64_t)s->seed;
-    if (s->seed < 0 && getrandom(&t->sampling.seed, sizeof t->sampling.seed, 0) < 0) t->sampling.seed = 0;
+    if (s->seed < 0 && getrandom(&t->sampling.seed, sizeof t->sampling.seed, 0) < 0)
+        t->sampling.seed = 0;
     return OK;
 }
 
 int run_main(const struct settings *settings, struct team *team) {
     struct talk t = {.settings = settings, .unread = -1};
-    struct sigaction action = {.sa_handler = on_interrupt}; /* no SA_RESTART: Ctrl-C wakes getline too */
+    struct sigaction action = {.sa_handler =
+                                   on_interrupt}; /* no SA_RESTART: Ctrl-C wakes getline too */
     enum err err = open_talk(&t, team);
     if (err == OK) {
         sigaction(SIGINT, &action, NULL);

@@ -1,7 +1,7 @@
 /* run.h - `urchin run MODEL [PROMPT]`: a streamed answer without a server.
  *
- * No prompt: on a terminal a chat, else the prompt is read from standard input.  The chat keeps the sequence's state and reads only
- * what is new: turn 1,000 costs what turn 1 did. */
+ * No prompt: on a terminal a chat, else the prompt is read from standard input.  The chat keeps the
+ * sequence's state and reads only what is new: turn 1,000 costs what turn 1 did. */
 #ifndef URCHIN_SERVER_RUN_H
 #define URCHIN_SERVER_RUN_H
 

@@ -30,16 +30,22 @@ struct server {
 
 static enum err listen_on(const struct settings *s, int *out, char *address, size_t address_len,
                           char *msg, size_t msg_len) {
-    struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE | AI_NUMERICSERV}, *list;
+    struct addrinfo hints = {.ai_family = AF_UNSPEC,
+                             .ai_socktype = SOCK_STREAM,
+                             .ai_flags = AI_PASSIVE | AI_NUMERICSERV},
+                    *list;
     char port[8];
     snprintf(port, sizeof port, "%d", s->port);
     int failed = getaddrinfo(s->host, port, &hints, &list);
-    if (failed) return err_set(msg, msg_len, ERR_ARG, "--host %s: %s", s->host, gai_strerror(failed));
-    int fd = -1, on = 1;
+    if (failed)
+        return err_set(msg, msg_len, ERR_ARG, "--host %s: %s", s->host, gai_strerror(failed));
+    int fd = -1, on = 1, unsent = 128 << 10; /* what the kernel keeps for a slow reader */
     for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
         fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC | SOCK_NONBLOCK, a->ai_protocol);
         if (fd < 0) continue;
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &unsent,
+                   sizeof unsent); /* inherited by connections */
         if (bind(fd, a->ai_addr, a->ai_addrlen) == 0 && listen(fd, SOMAXCONN) == 0) break;
         int saved = errno;
         close(fd);
@@ -47,12 +53,14 @@ static enum err listen_on(const struct settings *s, int *out, char *address, siz
         errno = saved;
     }
     freeaddrinfo(list);
-    if (fd < 0) return err_set(msg, msg_len, ERR_IO, "cannot listen on %s port %d: %m", s->host, s->port);
+    if (fd < 0)
+        return err_set(msg, msg_len, ERR_IO, "cannot listen on %s port %d: %m", s->host, s->port);
     struct sockaddr_storage bound;
     socklen_t len = sizeof bound;
     char name[NI_MAXHOST], number[NI_MAXSERV];
     getsockname(fd, (struct sockaddr *)&bound, &len);
-    getnameinfo((struct sockaddr *)&bound, len, name, sizeof name, number, sizeof number, NI_NUMERICHOST | NI_NUMERICSERV);
+    getnameinfo((struct sockaddr *)&bound, len, name, sizeof name, number, sizeof number,
+                NI_NUMERICHOST | NI_NUMERICSERV);
     if (strcmp(name, "0.0.0.0") == 0 || strcmp(name, "::") == 0) strcpy(name, "127.0.0.1");
     bool v6 = strchr(name, ':') != NULL;
     snprintf(address, address_len, v6 ? "[%.100s]:%s" : "%.100s:%s", name, number);
@@ -65,16 +73,19 @@ static void raise_file_limit(int connections) {
     struct rlimit limit;
     rlim_t want = (rlim_t)connections + 64;
     if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= want) return;
-    limit.rlim_cur = limit.rlim_max == RLIM_INFINITY || want <= limit.rlim_max ? want : limit.rlim_max;
+    limit.rlim_cur =
+        limit.rlim_max == RLIM_INFINITY || want <= limit.rlim_max ? want : limit.rlim_max;
     setrlimit(RLIMIT_NOFILE, &limit);
     if (limit.rlim_cur < want)
-        log_event(LOG_WARN, "file_limit", "max_connections=%d but only %llu files may be open", connections, (unsigned long long)limit.rlim_cur);
+        log_event(LOG_WARN, "file_limit", "max_connections=%d but only %llu files may be open",
+                  connections, (unsigned long long)limit.rlim_cur);
 }
 
 /* ---- the loader thread ---- */
 
 static uint64_t mix(uint64_t hash, const char *text) { /* FNV-1a */
-    for (; text && *text; text++) hash = (hash ^ (unsigned char)*text) * 0x100000001b3ull;
+    for (; text && *text; text++)
+        hash = (hash ^ (unsigned char)*text) * 0x100000001b3ull;
     return (hash ^ 0xff) * 0x100000001b3ull;
 }
 
@@ -85,13 +96,15 @@ void served_describe(struct served *s, const struct settings *settings) {
     s->log_prompts = settings->log_prompts;
     uint64_t hash = mix(0xcbf29ce484222325ull, info->name);
     hash = mix(mix(hash, info->base_sha256), weight_type_name(info->weights));
-    snprintf(s->fingerprint, sizeof s->fingerprint, "fp_%010llx", (unsigned long long)(mix(hash, URCHIN_VERSION) & 0xffffffffffull));
+    snprintf(s->fingerprint, sizeof s->fingerprint, "fp_%010llx",
+             (unsigned long long)(mix(hash, URCHIN_VERSION) & 0xffffffffffull));
 }
 
 static enum err load(struct server *server) {
     const struct settings *s = server->settings;
     struct served *served = &server->http.served;
-    enum err err = open_model(&served->model, s, s->max_seqs, server->team, show_progress, server->msg, sizeof server->msg);
+    enum err err = open_model(&served->model, s, s->max_seqs, server->team, show_progress,
+                              server->msg, sizeof server->msg);
     if (err) return err;
     const struct model_info *info = model_info(served->model);
     struct step_bounds bounds = step_bounds(s, s->max_seqs);
@@ -122,19 +135,26 @@ static void announce(void *arg) {
     const struct served *served = &server->http.served;
     const struct model_info *info = model_info(served->model);
     bool chat = chat_family(model_chat(served->model)) != CHAT_NONE;
-    printf("model     %s: %.1f M parameters as %s, %s attention\n", served->name, (double)info->n_params / 1e6,
-           weight_type_name(info->weights), info->attention.kind == ATTENTION_SOFTMAX ? "softmax" : "hedgehog");
-    printf("slots     %d sequences of %.2f MiB each%s\n", info->n_slots, (double)info->slot_bytes / (1 << 20),
+    printf("model     %s: %.1f M parameters as %s, %s attention\n", served->name,
+           (double)info->n_params / 1e6, weight_type_name(info->weights),
+           info->attention.kind == ATTENTION_SOFTMAX ? "softmax" : "hedgehog");
+    printf("slots     %d sequences of %.2f MiB each%s\n", info->n_slots,
+           (double)info->slot_bytes / (1 << 20),
            info->attention.kind == ATTENTION_SOFTMAX ? "" : ", whatever their length");
     printf("web       http://%s\n", server->address);
-    printf("try       curl -N http://%s/v1/%s -H 'Content-Type: application/json' %s-d '%s'\n", server->address,
-           chat ? "chat/completions" : "completions",
+    printf("try       curl -N http://%s/v1/%s -H 'Content-Type: application/json' %s-d '%s'\n",
+           server->address, chat ? "chat/completions" : "completions",
            server->settings->api_key ? "-H \"Authorization: Bearer $URCHIN_API_KEY\" " : "",
-           chat ? "{\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Why is the sky blue?\"}]}"
+           chat ? "{\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Why is the sky "
+                  "blue?\"}]}"
                 : "{\"stream\":true,\"max_tokens\":100,\"prompt\":\"Once upon a time\"}");
     fflush(stdout);
-    log_event(LOG_INFO, "ready", "model=%s weights=%s slots=%d slot_bytes=%zu address=%s", served->name,
-              weight_type_name(info->weights), info->n_slots, info->slot_bytes, server->address);
+    if (!chat)
+        log_event(LOG_WARN, "no_chat_template",
+                  "chat messages are joined by line ends (see --chat-template)");
+    log_event(LOG_INFO, "ready", "model=%s weights=%s slots=%d slot_bytes=%zu address=%s",
+              served->name, weight_type_name(info->weights), info->n_slots, info->slot_bytes,
+              server->address);
 }
 
 int serve_main(const struct settings *settings, struct team *team) {
@@ -146,7 +166,8 @@ int serve_main(const struct settings *settings, struct team *team) {
     server.team = team;
     raise_file_limit(settings->max_connections);
     if (auth_new(&auth, settings->api_key, msg, sizeof msg) != OK ||
-        listen_on(settings, &listen_fd, server.address, sizeof server.address, msg, sizeof msg) != OK ||
+        listen_on(settings, &listen_fd, server.address, sizeof server.address, msg, sizeof msg) !=
+            OK ||
         http_open(&server.http, settings, auth, listen_fd, msg, sizeof msg) != OK) {
         fprintf(stderr, "urchin: %s\n", msg);
         auth_free(auth);

@@ -1,4 +1,5 @@
-/* served.h - the model that is being served, as requests see it.  Filled once loading is done, immutable after. */
+/* served.h - the model that is being served, as requests see it.  Filled once loading is done,
+ * immutable after. */
 #ifndef URCHIN_SERVER_SERVED_H
 #define URCHIN_SERVER_SERVED_H
 
@@ -9,11 +10,11 @@
 #include <cjson/cJSON.h>
 
 struct served {
-    struct model *model;   /* info, tokenizer and chat only; the scheduler owns the rest */
+    struct model *model; /* info, tokenizer and chat only; the scheduler owns the rest */
     struct sched *sched;
-    const char *name;      /* --served-model-name, else the model's own */
-    int64_t created;       /* unix seconds */
-    char fingerprint[24];  /* system_fingerprint: of name, base, weights and version */
+    const char *name;     /* --served-model-name, else the model's own */
+    int64_t created;      /* unix seconds */
+    char fingerprint[24]; /* system_fingerprint: of name, base, weights and version */
     bool log_prompts;
 };
 
