@@ -15,6 +15,7 @@ struct reader {
     const char *name; /* of the file being read, for messages */
     int32_t template_bos,
         template_eos; /* what the post-processor puts around a text; -1: nothing */
+    double growth;    /* of texts, by what edits put into them */
     char *msg;
     size_t msg_len;
 };
@@ -139,13 +140,16 @@ static const char *pattern_of(const struct json *pattern, bool *literal) {
     return text ? text : json_string(json_get(pattern, "Regex"));
 }
 
-enum { MAX_EDIT_TEXT = 256 }; /* keeps an edited text in proportion to what came */
+/* How many times longer replacements may make a text: real files come to 4, a hostile one could ask
+ * for any. */
+enum { MAX_GROWTH = 1024 };
 
 static enum err add_edit(struct reader *r, struct edit_list *list, enum edit_kind kind,
                          const char *text, const char *pattern, bool literal) {
-    if (strlen(text) > MAX_EDIT_TEXT)
-        return FAULT(r, "%s: \"%.40s...\" is over %d bytes to be put into texts", r->name, text,
-                     MAX_EDIT_TEXT);
+    r->growth *= (double)strlen(text) + 1;
+    if (r->growth > MAX_GROWTH)
+        return FAULT(r, "%s: the normalizer can make texts over %d times longer with \"%.40s\"",
+                     r->name, MAX_GROWTH, text);
     struct edit *edit = edit_add(list, kind, text, strlen(text));
     if (!edit) return ERR_NOMEM;
     if (!pattern) return OK;
@@ -428,7 +432,7 @@ static enum err read_all(struct reader *r, const struct json *root, const char *
 static enum err open_nodes(struct tokenizer **out, const char *name, const struct json *root,
                            const char *config_name, const struct json *config, char *msg,
                            size_t msg_len) {
-    struct reader r = {NULL, name, -1, -1, msg, msg_len};
+    struct reader r = {NULL, name, -1, -1, 1, msg, msg_len};
     enum err e = tokenizer_new(&r.t);
     if (e == OK) e = read_all(&r, root, config_name, config);
     if (e == ERR_NOMEM) err_set(msg, msg_len, e, "%s: out of memory", name);

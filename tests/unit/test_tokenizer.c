@@ -745,6 +745,12 @@ static void test_what_is_not_supported_is_named(void **state) {
          "</w>"},
         {"{\"model\":{\"vocab\":{\"a\":0},\"merges\":[],\"unk_token\":\"?\"}}", NULL, "unk_token"},
         {"{\"normalizer\":{\"type\":\"Lowercase\"}," MODEL "}", NULL, "normalizer Lowercase"},
+        {"{\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"Replace\","
+         "\"pattern\":{\"String\":\"a\"},\"content\":"
+         "\"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\"},{\"type\":\"Replace\",\"pattern\":{"
+         "\"String\":\"a\"},\"content\":"
+         "\"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\"}]}," MODEL "}",
+         NULL, "longer"},
         {"{\"normalizer\":{\"type\":\"Replace\",\"content\":\"x\"}," MODEL "}", NULL, "Replace"},
         {"{\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"(\"},\"content\":\"x\"}"
          "," MODEL "}",
