@@ -113,7 +113,11 @@ V_FN v16i int8_start(int32_t offset) {
 enum { AHEAD = 8192 };
 
 enum { MAX_M = 8 };
+#if V_PARTS == 4 /* portable C has no registers to keep sums in, and unrolled it takes minutes to compile */
+#define UNROLL
+#else
 #define UNROLL _Pragma("GCC unroll 8")
+#endif
 #define EACH_SUM UNROLL for (int m = 0; m < M; m++) UNROLL for (int h = 0; h < 2; h++)
 
 V_FN void prefetch(const unsigned char *line) {
