@@ -165,6 +165,17 @@ static void test_filters_keep_what_the_reference_keeps(void **state) {
     }
 }
 
+/* Of four equals, half the probability is the two of lower id, exactly. */
+static void test_top_p_is_met_by_equality(void **state) {
+    (void)state;
+    struct sampler *s = sampler_for(4);
+    struct sampling how = how_with(1, 0, 0.5f, 0);
+    int seen[4] = {0};
+    for (int i = 0; i < 200; i++) seen[sample(s, (float[]){2, 2, 2, 2}, &how, NULL, NULL, 0, 0, i)]++;
+    assert_true(seen[0] && seen[1] && !seen[2] && !seen[3]);
+    sampler_free(s);
+}
+
 /* 40000 draws of at most 12 tokens: chi-square with 11 degrees of freedom is above 50 once in 2 million runs (fewer degrees: less).
  * Cells expect at least 40000 * p; those under 5 are joined to none: the logits are such that there are none. */
 static void test_tokens_come_as_often_as_they_should(void **state) {
@@ -356,6 +367,7 @@ int main(void) {
         cmocka_unit_test(test_draws_are_uniform_and_independent),
         cmocka_unit_test(test_greedy_takes_the_highest_and_the_lower_id_of_equals),
         cmocka_unit_test(test_filters_keep_what_the_reference_keeps),
+        cmocka_unit_test(test_top_p_is_met_by_equality),
         cmocka_unit_test(test_tokens_come_as_often_as_they_should),
         cmocka_unit_test(test_large_vocabularies_are_cut_where_sorting_cuts),
         cmocka_unit_test(test_same_seed_choice_and_index_give_the_same_token),
