@@ -81,7 +81,7 @@ static const struct row rows[] = {
     {"max-queue", INT, AT(max_queue), SERVE, "256", 0, 1 << 20, 0, "N", "requests that may wait; the next gets 429 with Retry-After"},
     {"output-limit", SIZE, AT(output_limit_kb), SERVE, "256K", KIB, 1e12, 1024, "SIZE", "unread output of a request before its generation pauses"},
     {"body-limit", SIZE, AT(body_limit_kb), SERVE, "8M", KIB, 1e12, 1024, "SIZE", "largest request body"},
-    {"header-limit", SIZE, AT(header_limit_kb), SERVE, "32K", 4 * KIB, 1e9, 1024, "SIZE", "largest request line and headers"},
+    {"header-limit", SIZE, AT(header_limit_kb), SERVE, "8K", 4 * KIB, 1e9, 1024, "SIZE", "largest request line and headers"},
     {"idle-timeout", INT, AT(idle_timeout_s), SERVE, "60", 1, 86400, 0, "SECONDS", "a connection silent for so long is closed"},
     {"max-connections", INT, AT(max_connections), SERVE, "4096", 1, 1 << 20, 0, "N", "connections at once"},
     {"drain-timeout", DOUBLE, AT(drain_timeout_s), SERVE, "30", 0, 86400, 0, "SECONDS", "on SIGTERM, how long running requests may go on"},
