@@ -360,8 +360,9 @@ void exchange_completed(void *cls, struct MHD_Connection *connection, void **sta
     if (!x) return;
     *state = NULL;
     if (x->answer) {
-        struct sched_usage u = answer_usage(x->answer);
         bool whole = code == MHD_REQUEST_TERMINATED_COMPLETED_OK && !x->gone;
+        answer_cancel(x->answer);
+        struct sched_usage u = answer_usage(x->answer);
         log_event(
             LOG_INFO, "request",
             "id=%s method=%s path=%s status=%d ms=%.1f prompt_tokens=%lld completion_tokens=%lld%s",

@@ -82,11 +82,17 @@ void http_request_whole(struct http *h, struct MHD_Connection *mhd) {
     set_deadline(mhd, 0);
 }
 
-/* Cuts those who are too slow; libmicrohttpd sees the end of the stream and cleans up. */
+/* libmicrohttpd 0.9.75 misses the end of a stream that comes together with the last bytes: edge-triggered, it stops at a short read. */
+static bool has_ended(int fd) {
+    char byte;
+    return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0;
+}
+
+/* Cuts those who owe the rest of a request and are too slow or gone; libmicrohttpd then sees a hang-up and cleans up. */
 static void sweep(struct http *h) {
     double now = http_now();
     for (struct connection *c = h->connections; c; c = c->next)
-        if (c->deadline > 0 && c->deadline < now) shutdown(c->fd, SHUT_RDWR);
+        if (c->deadline > 0 && (c->deadline < now || has_ended(c->fd))) shutdown(c->fd, SHUT_RDWR);
 }
 
 /* ---- exchanges ---- */

@@ -207,6 +207,15 @@ def read_some(sock, at_least=1):
     return data
 
 
+def read_until(sock, end):
+    data = b""
+    while not data.endswith(end):
+        piece = sock.recv(65536)
+        assert piece, f"the connection ended before {end!r}: {data[-200:]!r}"
+        data += piece
+    return data
+
+
 def read_all(sock):
     data = b""
     try:
