@@ -1,7 +1,8 @@
 /* weights.h - a checkpoint packed for the CPU: what the forward pass reads.
  *
  * q, k, v are rows of one matrix, gate and up of another, so that a layer is four matmuls.  Low-rank parts W + scale B A are merged in
- * fp32 before packing.  A tied head is packed once and serves as the embedding too. */
+ * fp32 before packing.  A tied head is packed once and serves as the embedding too.  With int4, embedding, head and matrices with a merged
+ * low-rank part are int8: see weights.c. */
 #ifndef URCHIN_MODEL_WEIGHTS_H
 #define URCHIN_MODEL_WEIGHTS_H
 
