@@ -113,7 +113,9 @@ V_FN v16i int8_start(int32_t offset) {
 enum { AHEAD = 8192 };
 
 enum { MAX_M = 8 };
-#if V_PARTS == 4 /* portable C has no registers to keep sums in, and unrolled it takes minutes to compile */
+/* Portable C has no registers to keep the sums in, and a sanitizer checks every access to them: unrolled,
+ * either takes minutes to compile. */
+#if V_PARTS == 4 || defined(__SANITIZE_ADDRESS__)
 #define UNROLL
 #else
 #define UNROLL _Pragma("GCC unroll 8")
