@@ -116,8 +116,7 @@ enum { MAX_M = 8 };
 /* Portable C has no registers to keep the sums in, and a sanitizer checks every access to them:
  * unrolled, either takes minutes to compile. */
 #if V_PARTS == 4 || defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define UNROLL /* too few registers to keep sums in; instrumented, unrolled loops take minutes to  \
-                  compile */
+#define UNROLL
 #else
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
