@@ -16,14 +16,22 @@ enum err err_set(char *msg, size_t msg_len, enum err code, const char *format, .
 
 const char *err_name(enum err e) {
     switch (e) {
-    case OK: return "OK";
-    case ERR_ARG: return "ERR_ARG";
-    case ERR_NOMEM: return "ERR_NOMEM";
-    case ERR_FORMAT: return "ERR_FORMAT";
-    case ERR_BUSY: return "ERR_BUSY";
-    case ERR_NO_CUDA: return "ERR_NO_CUDA";
-    case ERR_DEVICE: return "ERR_DEVICE";
-    case ERR_IO: return "ERR_IO";
+    case OK:
+        return "OK";
+    case ERR_ARG:
+        return "ERR_ARG";
+    case ERR_NOMEM:
+        return "ERR_NOMEM";
+    case ERR_FORMAT:
+        return "ERR_FORMAT";
+    case ERR_BUSY:
+        return "ERR_BUSY";
+    case ERR_NO_CUDA:
+        return "ERR_NO_CUDA";
+    case ERR_DEVICE:
+        return "ERR_DEVICE";
+    case ERR_IO:
+        return "ERR_IO";
     }
     return "ERR_UNKNOWN";
 }

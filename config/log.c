@@ -17,9 +17,15 @@ void log_configure(enum log_level least, bool json) {
     as_json = json;
 }
 
-/* Length of the UTF-8 character at s, 0: none begins here (RFC 3629: shortest form, no surrogates, up to U+10FFFF). */
+/* Length of the UTF-8 character at s, 0: none begins here (RFC 3629: shortest form, no surrogates,
+ * up to U+10FFFF). */
 static int utf8_length(const unsigned char *s) {
-    int n = s[0] < 0x80 ? 1 : s[0] < 0xc2 ? 0 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : s[0] < 0xf5 ? 4 : 0;
+    int n = s[0] < 0x80   ? 1
+            : s[0] < 0xc2 ? 0
+            : s[0] < 0xe0 ? 2
+            : s[0] < 0xf0 ? 3
+            : s[0] < 0xf5 ? 4
+                          : 0;
     for (int i = 1; i < n; i++)
         if (s[i] >> 6 != 2) return 0; /* the terminating NUL among them */
     if ((s[0] == 0xe0 && s[1] < 0xa0) || (s[0] == 0xed && s[1] > 0x9f)) return 0;
@@ -27,8 +33,8 @@ static int utf8_length(const unsigned char *s) {
     return n;
 }
 
-/* Whatever a client sent becomes one line of valid UTF-8 without control characters (C0, DEL, C1, and the line ends U+2028
- * and U+2029), and inside a JSON string stays inside. */
+/* Whatever a client sent becomes one line of valid UTF-8 without control characters (C0, DEL, C1,
+ * and the line ends U+2028 and U+2029), and inside a JSON string stays inside. */
 static void escape(char *out, size_t room, const char *in) {
     const unsigned char *s = (const unsigned char *)in;
     size_t n = 0;
@@ -54,7 +60,8 @@ void log_event(enum log_level level, const char *event, const char *format, ...)
     static const char *const names[2][4] = {{"DEBUG", "INFO", "WARN", "ERROR"},
                                             {"debug", "info", "warn", "error"}};
     if (level < least_level) return;
-    char detail[LINE_MAX_BYTES / 4], safe[LINE_MAX_BYTES / 2], line[LINE_MAX_BYTES], when[32]; /* longer ones are cut */
+    char detail[LINE_MAX_BYTES / 4], safe[LINE_MAX_BYTES / 2], line[LINE_MAX_BYTES],
+        when[32]; /* longer ones are cut */
     va_list args;
     va_start(args, format);
     vsnprintf(detail, sizeof detail, format, args);
@@ -65,9 +72,10 @@ void log_event(enum log_level level, const char *event, const char *format, ...)
     clock_gettime(CLOCK_REALTIME, &now);
     gmtime_r(&now.tv_sec, &utc);
     strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%S", &utc);
-    int n = snprintf(line, sizeof line,
-                     as_json ? "{\"time\":\"%s.%03ldZ\",\"level\":\"%s\",\"event\":\"%s\",\"detail\":\"%s\"}\n"
-                             : "%s.%03ldZ %s %s %s\n",
-                     when, now.tv_nsec / 1000000, names[as_json][level], event, safe);
+    int n = snprintf(
+        line, sizeof line,
+        as_json ? "{\"time\":\"%s.%03ldZ\",\"level\":\"%s\",\"event\":\"%s\",\"detail\":\"%s\"}\n"
+                : "%s.%03ldZ %s %s %s\n",
+        when, now.tv_nsec / 1000000, names[as_json][level], event, safe);
     if (n > 0 && write(STDERR_FILENO, line, (size_t)n) < 0) return; /* nowhere left to complain */
 }

@@ -1,6 +1,8 @@
-/* settings.c - the table of settings, and the four things that read it: flags, environment, file and help.
+/* settings.c - the table of settings, and the four things that read it: flags, environment, file
+ * and help.
  *
- * Every value, defaults included, passes through set(): one parser, one range check, one sentence. */
+ * Every value, defaults included, passes through set(): one parser, one range check, one sentence.
+ */
 #include "config/settings.h"
 
 #include "config/version.h"
@@ -15,23 +17,23 @@
 enum type { TEXT, CHOICE, SWITCH, INT, INT64, DOUBLE, SIZE, LIST };
 
 enum { /* which commands know a setting */
-    SERVE = 1 << COMMAND_SERVE,
-    RUN = 1 << COMMAND_RUN,
-    INFO = 1 << COMMAND_INFO,
-    EVAL = 1 << COMMAND_EVAL,
-    BENCH = 1 << COMMAND_BENCH,
-    ALL = SERVE | RUN | INFO | EVAL | BENCH,
+       SERVE = 1 << COMMAND_SERVE,
+       RUN = 1 << COMMAND_RUN,
+       INFO = 1 << COMMAND_INFO,
+       EVAL = 1 << COMMAND_EVAL,
+       BENCH = 1 << COMMAND_BENCH,
+       ALL = SERVE | RUN | INFO | EVAL | BENCH,
 };
 
 struct row {
     const char *name;
     enum type type;
-    size_t offset;        /* of the field in struct settings */
+    size_t offset; /* of the field in struct settings */
     int commands;
-    const char *value;    /* the default as a user would write it, NULL: none */
-    double min, max;      /* numbers; SIZE: in bytes */
-    int64_t unit;         /* SIZE: bytes in one of the field */
-    const char *metavar;  /* what --help calls the value; CHOICE: the words, separated by | */
+    const char *value;   /* the default as a user would write it, NULL: none */
+    double min, max;     /* numbers; SIZE: in bytes */
+    int64_t unit;        /* SIZE: bytes in one of the field */
+    const char *metavar; /* what --help calls the value; CHOICE: the words, separated by | */
     const char *help;
 };
 
@@ -209,20 +211,29 @@ static bool list_in_range(const struct row *row, const char *list) {
 
 /* What a right value looks like: "a whole number from 1 to 65535". */
 static void describe(char *out, size_t len, const struct row *row) {
-    static const char *const what[] = {
-        [INT] = "a whole number", [INT64] = "a whole number",           [DOUBLE] = "a number",
-        [LIST] = "whole numbers", [SIZE] = "a size like 512K, 8M or 2G"};
+    static const char *const what[] = {[INT] = "a whole number",
+                                       [INT64] = "a whole number",
+                                       [DOUBLE] = "a number",
+                                       [LIST] = "whole numbers",
+                                       [SIZE] = "a size like 512K, 8M or 2G"};
     switch (row->type) {
-    case TEXT: snprintf(out, len, "some text"); return;
-    case CHOICE: snprintf(out, len, "one of %s", row->metavar); return;
-    case SWITCH: snprintf(out, len, "yes or no"); return;
+    case TEXT:
+        snprintf(out, len, "some text");
+        return;
+    case CHOICE:
+        snprintf(out, len, "one of %s", row->metavar);
+        return;
+    case SWITCH:
+        snprintf(out, len, "yes or no");
+        return;
     case SIZE:
         if (row->min > 0)
             snprintf(out, len, "%s, at least %.0fK", what[row->type], row->min / KIB);
         else
             snprintf(out, len, "0 or %s", what[row->type]);
         return;
-    default: break;
+    default:
+        break;
     }
     const char *comma = row->type == LIST ? ", separated by commas" : "";
     if (row->max >= INT_MAX)
@@ -240,10 +251,18 @@ static enum err set(struct settings *s, const struct row *row, const char *text,
     double number = 0;
     bool good = false;
     switch (row->type) {
-    case TEXT: good = true; break;
-    case CHOICE: good = is_choice(row->metavar, text); break;
-    case SWITCH: good = parse_switch(text, field); break;
-    case LIST: good = list_in_range(row, text); break;
+    case TEXT:
+        good = true;
+        break;
+    case CHOICE:
+        good = is_choice(row->metavar, text);
+        break;
+    case SWITCH:
+        good = parse_switch(text, field);
+        break;
+    case LIST:
+        good = list_in_range(row, text);
+        break;
     case INT:
     case INT64:
         good = parse_whole(text, &end, &whole) && !*end;
@@ -255,7 +274,9 @@ static enum err set(struct settings *s, const struct row *row, const char *text,
         good = stop != text && !*stop && !isspace((unsigned char)*text);
         break;
     }
-    case SIZE: good = parse_size(text, &number); break;
+    case SIZE:
+        good = parse_size(text, &number);
+        break;
     }
     if (row->type == INT || row->type == INT64 || row->type == DOUBLE || row->type == SIZE)
         good = good && number >= row->min && number <= row->max; /* false for NaN */
@@ -271,11 +292,20 @@ static enum err set(struct settings *s, const struct row *row, const char *text,
         if (!(*(const char **)field = keep(s, text)))
             return err_set(msg, msg_len, ERR_NOMEM, "%s: out of memory", source);
         break;
-    case SWITCH: break;
-    case INT: *(int *)field = (int)whole; break;
-    case INT64: *(int64_t *)field = whole; break;
-    case DOUBLE: *(double *)field = number; break;
-    case SIZE: *(int64_t *)field = ((int64_t)number + row->unit - 1) / row->unit; break;
+    case SWITCH:
+        break;
+    case INT:
+        *(int *)field = (int)whole;
+        break;
+    case INT64:
+        *(int64_t *)field = whole;
+        break;
+    case DOUBLE:
+        *(double *)field = number;
+        break;
+    case SIZE:
+        *(int64_t *)field = ((int64_t)number + row->unit - 1) / row->unit;
+        break;
     }
     return OK;
 }
@@ -297,13 +327,15 @@ static const struct row *find(const char *name, size_t len) {
     return NULL;
 }
 
-/* Edits that turn a into b: inserted, dropped, changed or swapped letters (optimal string alignment).  Names are short. */
+/* Edits that turn a into b: inserted, dropped, changed or swapped letters (optimal string
+ * alignment).  Names are short. */
 static int distance(const char *a, size_t n, const char *b) {
     enum { LONGEST = 40 };
     int lines[3][LONGEST + 1], *before = lines[0], *above = lines[1], *row = lines[2];
     size_t m = strlen(b);
     if (m > LONGEST || n > LONGEST) return INT_MAX;
-    for (size_t j = 0; j <= m; j++) row[j] = (int)j;
+    for (size_t j = 0; j <= m; j++)
+        row[j] = (int)j;
     for (size_t i = 1; i <= n; i++) {
         int *spare = before;
         before = above;
@@ -323,7 +355,8 @@ static int distance(const char *a, size_t n, const char *b) {
     return row[m];
 }
 
-/* The known name nearest to a wrong one among those of `command` (COMMAND_NONE: all), or NULL when none is near. */
+/* The known name nearest to a wrong one among those of `command` (COMMAND_NONE: all), or NULL when
+ * none is near. */
 static const char *nearest(const char *name, size_t len, enum command command) {
     const char *best = NULL;
     int best_distance = (int)len / 3 + 2;
@@ -341,9 +374,11 @@ static const char *nearest(const char *name, size_t len, enum command command) {
 /* ---- config file ---- */
 
 static char *trim(char *text) {
-    while (isspace((unsigned char)*text)) text++;
+    while (isspace((unsigned char)*text))
+        text++;
     size_t n = strlen(text);
-    while (n && isspace((unsigned char)text[n - 1])) text[--n] = 0;
+    while (n && isspace((unsigned char)text[n - 1]))
+        text[--n] = 0;
     return text;
 }
 
@@ -453,8 +488,9 @@ static enum err read_flag(struct settings *s, int argc, char **argv, int *i, cha
     if (s->command != COMMAND_NONE && !(row->commands & 1 << s->command)) {
         char owners[64];
         command_list(owners, sizeof owners, row->commands);
-        return err_set(msg, msg_len, ERR_ARG, "--%s is not a flag of 'urchin %s' (it belongs to %s)",
-                       row->name, command_names[s->command], owners);
+        return err_set(msg, msg_len, ERR_ARG,
+                       "--%s is not a flag of 'urchin %s' (it belongs to %s)", row->name,
+                       command_names[s->command], owners);
     }
     char source[64];
     snprintf(source, sizeof source, "--%s", row->name);
@@ -473,8 +509,9 @@ static enum err read_positional(struct settings *s, const char *text, int *n_see
                                 size_t msg_len) {
     int most = s->command == COMMAND_RUN ? 2 : 1;
     if (*n_seen >= most)
-        return err_set(msg, msg_len, ERR_ARG, "'%.100s' is one argument too many: urchin %s takes %s",
-                       text, command_names[s->command],
+        return err_set(msg, msg_len, ERR_ARG,
+                       "'%.100s' is one argument too many: urchin %s takes %s", text,
+                       command_names[s->command],
                        most == 2 ? "MODEL and PROMPT (put the prompt in quotes)" : "one MODEL");
     const struct row *row = &rows[(*n_seen)++ ? PROMPT_ROW : MODEL_ROW];
     return set(s, row, text, row->metavar, msg, msg_len);
@@ -497,10 +534,12 @@ static enum err find_command(const char *name, enum command *out, char *msg, siz
         return err_set(msg, msg_len, ERR_ARG, "there is no command '%.100s'; did you mean '%s'?",
                        name, command_names[best]);
     return err_set(msg, msg_len, ERR_ARG,
-                   "there is no command '%.100s'; there are serve, run, info, eval and bench", name);
+                   "there is no command '%.100s'; there are serve, run, info, eval and bench",
+                   name);
 }
 
-/* The config file is named by the last --config, else by URCHIN_CONFIG. It is read before either, so that they win. */
+/* The config file is named by the last --config, else by URCHIN_CONFIG. It is read before either,
+ * so that they win. */
 static enum err read_config(struct settings *s, int argc, char **argv, char *msg, size_t msg_len) {
     const char *path = getenv("URCHIN_CONFIG"), *source = "URCHIN_CONFIG";
     for (int i = 1; i < argc && strcmp(argv[i], "--"); i++) {
@@ -539,7 +578,8 @@ static enum err read_flags(struct settings *s, int argc, char **argv, bool *help
         } else if (!strncmp(arg, "--config=", 9)) {
             continue;
         } else if (arg[1] != '-') {
-            err = err_set(msg, msg_len, ERR_ARG, "there is no flag %.100s; flags begin with --", arg);
+            err =
+                err_set(msg, msg_len, ERR_ARG, "there is no flag %.100s; flags begin with --", arg);
         } else {
             err = read_flag(s, argc, argv, &i, msg, msg_len);
         }
@@ -597,7 +637,8 @@ static void print_wrapped(FILE *out, const char *text, int indent) {
         }
         column += fprintf(out, "%s%.*s", column > indent ? " " : "", n, text);
         text += n;
-        while (*text == ' ') text++;
+        while (*text == ' ')
+            text++;
     }
 }
 
@@ -647,11 +688,11 @@ void settings_help(FILE *out, enum command command) {
     fprintf(out, "\nFlags of every command:\n");
     for (int i = PROMPT_ROW + 1; i < N_ROWS; i++)
         if (rows[i].commands == ALL) help_row(out, &rows[i]);
-    fprintf(out,
-            "  --config FILE                 lines of the form name = value\n"
-            "  --version                     print the version\n"
-            "\nEach is also a variable (--max-seq-len is URCHIN_MAX_SEQ_LEN) and a line of the config file.\n"
-            "A flag wins over a variable, that over the file.\n");
+    fprintf(out, "  --config FILE                 lines of the form name = value\n"
+                 "  --version                     print the version\n"
+                 "\nEach is also a variable (--max-seq-len is URCHIN_MAX_SEQ_LEN) and a line of "
+                 "the config file.\n"
+                 "A flag wins over a variable, that over the file.\n");
 }
 
 void settings_usage(FILE *out) {
@@ -664,7 +705,8 @@ void settings_usage(FILE *out) {
 }
 
 static void markdown_escaped(FILE *out, const char *text) {
-    for (; *text; text++) fprintf(out, *text == '|' ? "\\|" : "%c", *text);
+    for (; *text; text++)
+        fprintf(out, *text == '|' ? "\\|" : "%c", *text);
 }
 
 static void markdown_rows(FILE *out, int commands) {
@@ -693,15 +735,20 @@ static void markdown_rows(FILE *out, int commands) {
 }
 
 void settings_markdown(FILE *out) {
-    fprintf(out,
-            "# Settings\n\n"
-            "Every setting is a flag, a variable of the environment and a line `name = value` of the file given\n"
-            "by `--config FILE` or `URCHIN_CONFIG` (`#` begins a comment; quotes keep spaces and `#`). A flag\n"
-            "wins over a variable, that over the file. Sizes are written `512K`, `8M`, `2G`. A switch is given\n"
-            "as `--name` or `--no-name`, elsewhere as yes or no. This page is written by the program.\n");
-    for (int i = 0; i < N_ROWS; i++) { /* one section for each set of commands, where it first occurs */
+    fprintf(out, "# Settings\n\n"
+                 "Every setting is a flag, a variable of the environment and a line `name = value` "
+                 "of the file given\n"
+                 "by `--config FILE` or `URCHIN_CONFIG` (`#` begins a comment; quotes keep spaces "
+                 "and `#`). A flag\n"
+                 "wins over a variable, that over the file. Sizes are written `512K`, `8M`, `2G`. "
+                 "A switch is given\n"
+                 "as `--name` or `--no-name`, elsewhere as yes or no. This page is written by the "
+                 "program.\n");
+    for (int i = 0; i < N_ROWS;
+         i++) { /* one section for each set of commands, where it first occurs */
         int j = 0;
-        while (rows[j].commands != rows[i].commands) j++;
+        while (rows[j].commands != rows[i].commands)
+            j++;
         if (j == i) markdown_rows(out, rows[i].commands);
     }
 }

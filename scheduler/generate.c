@@ -24,7 +24,8 @@ static void deliver(struct request *r, struct choice *c, struct event_node *node
     c->kept_tail = node;
 }
 
-/* Moves what may be shown (all, when *event is the choice's last) from the choice to an event.  ERR_NOMEM. */
+/* Moves what may be shown (all, when *event is the choice's last) from the choice to an event.
+ * ERR_NOMEM. */
 static enum err emit(struct request *r, struct choice *c, struct sched_event *event) {
     bool last = event->finish != FINISH_NONE;
     size_t n_bytes = last ? c->text.len : text_ready(&c->text, r->asked.n_stop);
@@ -63,16 +64,17 @@ static enum err emit(struct request *r, struct choice *c, struct sched_event *ev
 }
 
 static void out_of_memory(struct sched *s, struct request *r, struct choice *c) {
-    finish_choice(s, r, c, &(struct sched_event){.finish = FINISH_ERROR,
-                                                 .stop_token = -1,
-                                                 .error = "out of memory"});
+    finish_choice(
+        s, r, c,
+        &(struct sched_event){.finish = FINISH_ERROR, .stop_token = -1, .error = "out of memory"});
 }
 
 /* Delivers the last event and gives the slot back; *last says why it ends. */
 static void finish_choice(struct sched *s, struct request *r, struct choice *c,
                           const struct sched_event *last) {
     struct sched_event event = *last;
-    if (emit(r, c, &event)) { /* the text is lost with the memory; the reader must not wait for ever */
+    if (emit(r, c,
+             &event)) { /* the text is lost with the memory; the reader must not wait for ever */
         struct event_node *node = c->emergency;
         c->emergency = NULL;
         node->event.choice = (int)(c - r->choices);
@@ -88,7 +90,7 @@ static void finish_choice(struct sched *s, struct request *r, struct choice *c,
 }
 
 void sched_finish_choices(struct sched *s, struct request *r, enum finish_reason why,
-                               const char *error) {
+                          const char *error) {
     for (int i = 0; i < r->asked.best_of; i++)
         if (!r->choices[i].finished)
             finish_choice(s, r, &r->choices[i],
@@ -129,7 +131,8 @@ static bool hold_token(struct request *r, struct choice *c, int32_t token, float
         c->tops = tops;
         c->room_held = (int)room;
     }
-    c->held[c->n_held++] = (struct held_token){token, logprob, c->text.shown + (int64_t)c->text.len, n_top};
+    c->held[c->n_held++] =
+        (struct held_token){token, logprob, c->text.shown + (int64_t)c->text.len, n_top};
     if (n_top) memcpy(c->tops + c->n_tops, r->tops, (size_t)n_top * sizeof *r->tops);
     c->n_tops += n_top;
     return true;
@@ -206,8 +209,8 @@ void sched_score_prompt(struct sched *s, struct request *r, const float *logits,
         if (at == r->asked.n_prompt) return;
         struct token_logprob *top = r->prompt_tops + at * (size_t)n_top;
         int32_t token = r->asked.prompt[at];
-        float logprob = sampler_logprobs(s->sampler, logits + (size_t)i * (size_t)s->info->vocab_size,
-                                         token, top, n_top);
+        float logprob = sampler_logprobs(
+            s->sampler, logits + (size_t)i * (size_t)s->info->vocab_size, token, top, n_top);
         r->prompt_tokens[at] = (struct sched_token){token, logprob, n_top, top};
     }
 }
@@ -232,6 +235,6 @@ void sched_begin_generation(struct sched *s, struct request *r, const float *log
     }
     for (int i = 1; i < r->asked.best_of; i++)
         model_slot_copy(s->options.model, r->choices[i].slot, r->choices[0].slot);
-    for (int i = 0; i < r->asked.best_of; i++) sched_generate(s, r, &r->choices[i], logits);
+    for (int i = 0; i < r->asked.best_of; i++)
+        sched_generate(s, r, &r->choices[i], logits);
 }
-

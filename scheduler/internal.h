@@ -1,8 +1,9 @@
 /* internal.h - the scheduler, as its own files see it.
  *
- * scheduler.c is what other threads call, loop.c the thread, generate.c what a step's logits become.  A request is in one of two
- * lists: waiting (under the lock) or running (the thread's own).  All that a running request needs is in struct request, which no
- * other thread touches; what others see passes through its ticket. */
+ * scheduler.c is what other threads call, loop.c the thread, generate.c what a step's logits
+ * become.  A request is in one of two lists: waiting (under the lock) or running (the thread's
+ * own).  All that a running request needs is in struct request, which no other thread touches; what
+ * others see passes through its ticket. */
 #ifndef URCHIN_SCHEDULER_INTERNAL_H
 #define URCHIN_SCHEDULER_INTERNAL_H
 
@@ -27,25 +28,26 @@ struct sched {
     struct model_run *runs;   /* [n_slots] */
     struct run_owner *owners; /* [n_slots] */
     struct sampler *sampler;
-    struct sched_stats own;   /* what publish() copies */
+    struct sched_stats own;    /* what publish() copies */
     int n_ended, n_new_tokens; /* requests and tokens since publish() */
-    bool busy;                /* the last step had rows, so the next may */
+    bool busy;                 /* the last step had rows, so the next may */
     bool warned_of_length;
 
-    pthread_mutex_t mu;       /* guards all below; never held during a step or while a ticket's lock is taken */
-    pthread_cond_t wake;      /* poked became true */
-    pthread_cond_t idle;      /* n_active became 0 */
+    /* mu guards all below; it is not held during a step, nor while a ticket's lock is taken. */
+    pthread_mutex_t mu;
+    pthread_cond_t wake; /* poked became true */
+    pthread_cond_t idle; /* n_active became 0 */
     bool poked, stopping, draining;
     struct request *waiting, **waiting_end;
     int n_waiting, n_slots_wanted; /* by those waiting */
     int n_slots_free;
-    int n_active;             /* requests waiting or running */
-    int n_turned_away;        /* and not yet made up for by admissions; 0 once the queue was empty */
+    int n_active;      /* requests waiting or running */
+    int n_turned_away; /* and not yet made up for by admissions; 0 once the queue was empty */
     uint64_t n_rejected;
-    struct rate endings;      /* requests ended per second of work */
-    struct rate generated;    /* tokens per second */
+    struct rate endings;   /* requests ended per second of work */
+    struct rate generated; /* tokens per second */
     struct sched_stats stats;
-    double stats_at;          /* when they were published */
+    double stats_at; /* when they were published */
 };
 
 extern const char sched_device_lost[]; /* the sentence that goes with ERR_DEVICE */
@@ -55,14 +57,16 @@ void *sched_run(void *sched); /* the thread */
 
 /* ---- generate.c; scheduler thread ---- */
 
-/* Logits of the n_rows prompt rows just read (their logprobs, where asked for), before r->n_read counts them. */
+/* Logits of the n_rows prompt rows just read (their logprobs, where asked for), before r->n_read
+ * counts them. */
 void sched_score_prompt(struct sched *s, struct request *r, const float *logits, int n_rows);
 /* The last prompt row has been read: every choice goes on from its logits. */
 void sched_begin_generation(struct sched *s, struct request *r, const float *logits);
 /* Samples the next token of a choice and does all that follows from it. */
 void sched_generate(struct sched *s, struct request *r, struct choice *c, const float *logits);
 /* Ends what is not finished yet; slots are free and last events delivered on return. */
-void sched_finish_choices(struct sched *s, struct request *r, enum finish_reason why, const char *error);
+void sched_finish_choices(struct sched *s, struct request *r, enum finish_reason why,
+                          const char *error);
 /* best_of > n: the n of highest mean logprob, in that order, become choices 0 .. n - 1. */
 void sched_deliver_best(struct request *r);
 

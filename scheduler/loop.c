@@ -1,7 +1,7 @@
 /* loop.c - the scheduler thread: end, admit, build a batch, step, hand out, again.
  *
- * When a step would have no rows the thread sleeps until someone pokes it: a submission, a cancellation, a reader that caught up,
- * the end. */
+ * When a step would have no rows the thread sleeps until someone pokes it: a submission, a
+ * cancellation, a reader that caught up, the end. */
 #include "scheduler/internal.h"
 
 #include "config/log.h"
@@ -13,7 +13,8 @@ static void end_request(struct sched *s, struct request *r) {
     if (r->asked.best_of > r->asked.n) sched_deliver_best(r);
     double now = seconds_now();
     int64_t n_generated = 0;
-    for (int i = 0; i < r->asked.best_of; i++) n_generated += r->choices[i].n_generated;
+    for (int i = 0; i < r->asked.best_of; i++)
+        n_generated += r->choices[i].n_generated;
     histogram_add(&s->own.e2e, sched_seconds_bounds, now - r->submitted_at);
     histogram_add(&s->own.prompt_len, sched_tokens_bounds, (double)r->asked.n_prompt);
     histogram_add(&s->own.generation_len, sched_tokens_bounds, (double)n_generated);
@@ -46,7 +47,8 @@ static void sweep(struct sched *s) {
 
 /* ---- a step ---- */
 
-/* One row for every choice that generates, then prompts in order of admission until a bound is met.  Returns the number of runs. */
+/* One row for every choice that generates, then prompts in order of admission until a bound is met.
+ * Returns the number of runs. */
 static int build_batch(struct sched *s) {
     int n_runs = 0, n_paused = 0;
     for (struct request *r = s->running; r; r = r->next) {
@@ -62,7 +64,8 @@ static int build_batch(struct sched *s) {
         }
     }
     s->n_paused_slots = n_paused;
-    /* Each run may ask for one row of logits, as there are at most as many runs as slots; prompt_logprobs share the rest. */
+    /* Each run may ask for one row of logits, as there are at most as many runs as slots;
+     * prompt_logprobs share the rest. */
     int spare_logits = s->options.max_logits - s->info->n_slots;
     int rows = s->options.max_rows - n_runs;
     if (rows > s->options.prefill_chunk) rows = s->options.prefill_chunk;
@@ -97,7 +100,8 @@ static void hand_out(struct sched *s, int n_runs, const float *logits) {
             r->n_read += (size_t)run->n_rows;
             s->own.prompt_tokens += (uint64_t)run->n_rows;
             if (r->n_read == r->asked.n_prompt)
-                sched_begin_generation(s, r, logits + (size_t)(run->n_logits - 1) * (size_t)s->info->vocab_size);
+                sched_begin_generation(
+                    s, r, logits + (size_t)(run->n_logits - 1) * (size_t)s->info->vocab_size);
         }
         logits += (size_t)run->n_logits * (size_t)s->info->vocab_size;
         n_rows += run->n_rows;
@@ -112,12 +116,14 @@ static void fail_running(struct sched *s, enum err err) {
                       : err == ERR_NOMEM ? "out of memory in the model's step"
                                          : "the model's step failed";
     log_event(LOG_ERROR, "step_failed", "error=%s running=%d", err_name(err), s->n_running);
-    for (struct request *r = s->running; r; r = r->next) sched_finish_choices(s, r, FINISH_ERROR, why);
+    for (struct request *r = s->running; r; r = r->next)
+        sched_finish_choices(s, r, FINISH_ERROR, why);
 }
 
 /* ---- the thread ---- */
 
-/* Copies the numbers for other threads; work: seconds of the step just done, 0 when there was none. */
+/* Copies the numbers for other threads; work: seconds of the step just done, 0 when there was none.
+ */
 static void publish(struct sched *s, double work) {
     double now = seconds_now();
     s->own.generation_tokens += (uint64_t)s->n_new_tokens;
@@ -181,7 +187,8 @@ static void reap(struct sched *s, bool all) {
     while (ended) {
         struct request *r = ended;
         ended = r->next;
-        sched_finish_choices(s, r, lost ? FINISH_ERROR : FINISH_CANCELLED, lost ? sched_device_lost : NULL);
+        sched_finish_choices(s, r, lost ? FINISH_ERROR : FINISH_CANCELLED,
+                             lost ? sched_device_lost : NULL);
         end_request(s, r);
     }
     for (struct request *r = s->running; r; r = r->next)
@@ -201,7 +208,8 @@ static void admit(struct sched *s) {
         s->n_waiting--;
         s->n_slots_wanted -= r->asked.best_of;
         if (s->n_turned_away) s->n_turned_away--;
-        for (int i = 0; i < r->asked.best_of; i++) r->choices[i].slot = s->free_slots[--s->n_free];
+        for (int i = 0; i < r->asked.best_of; i++)
+            r->choices[i].slot = s->free_slots[--s->n_free];
         r->admitted_at = now;
         histogram_add(&s->own.queue_time, sched_seconds_bounds, now - r->submitted_at);
         r->next = NULL;
@@ -216,7 +224,8 @@ static void admit(struct sched *s) {
 /* Sleeps until there may be something to do; false when it is time to stop. */
 static bool wait_for_work(struct sched *s) {
     pthread_mutex_lock(&s->mu);
-    while (!s->poked && !s->busy) pthread_cond_wait(&s->wake, &s->mu);
+    while (!s->poked && !s->busy)
+        pthread_cond_wait(&s->wake, &s->mu);
     s->poked = false;
     bool stopping = s->stopping;
     pthread_mutex_unlock(&s->mu);
@@ -233,4 +242,3 @@ void *sched_run(void *arg) {
     reap(s, true);
     return NULL;
 }
-

@@ -34,8 +34,8 @@ static enum err check_sampling(const struct sampling *s, char *msg, size_t msg_l
     return wrong ? err_set(msg, msg_len, ERR_ARG, "%s is out of range", wrong) : OK;
 }
 
-static enum err check(const struct sched_request *asked, const struct model_info *info,
-                      char *msg, size_t msg_len) {
+static enum err check(const struct sched_request *asked, const struct model_info *info, char *msg,
+                      size_t msg_len) {
     if (asked->n_prompt < 1) return err_set(msg, msg_len, ERR_ARG, "the prompt is empty");
     if (asked->n < 1 || asked->best_of < asked->n)
         return err_set(msg, msg_len, ERR_ARG, "best_of must be at least n, and n at least 1");
@@ -51,17 +51,19 @@ static enum err check(const struct sched_request *asked, const struct model_info
         return err_set(msg, msg_len, ERR_ARG, "logprobs is out of range");
     if (info->max_seq_len &&
         (int64_t)asked->n_prompt + (asked->max_tokens != 0) > info->max_seq_len)
-        return err_set(msg, msg_len, ERR_ARG,
-                       "the prompt has %zu tokens, which leaves no room in a sequence of at most %lld tokens",
-                       asked->n_prompt, (long long)info->max_seq_len);
+        return err_set(
+            msg, msg_len, ERR_ARG,
+            "the prompt has %zu tokens, which leaves no room in a sequence of at most %lld tokens",
+            asked->n_prompt, (long long)info->max_seq_len);
     for (int i = 0; i < asked->n_stop; i++)
         if (!asked->stop_len[i]) return err_set(msg, msg_len, ERR_ARG, "a stop string is empty");
     for (int i = 0; i < asked->sampling.n_bias; i++) {
-        enum err err = check_tokens(&asked->sampling.bias[i].token, 1, info->vocab_size, "logit_bias",
-                                    msg, msg_len);
+        enum err err = check_tokens(&asked->sampling.bias[i].token, 1, info->vocab_size,
+                                    "logit_bias", msg, msg_len);
         if (err) return err;
     }
-    enum err err = check_tokens(asked->prompt, asked->n_prompt, info->vocab_size, "prompt", msg, msg_len);
+    enum err err =
+        check_tokens(asked->prompt, asked->n_prompt, info->vocab_size, "prompt", msg, msg_len);
     if (!err)
         err = check_tokens(asked->stop_tokens, (size_t)asked->n_stop_tokens, info->vocab_size,
                            "stop_token_ids", msg, msg_len);
@@ -91,7 +93,8 @@ static void *copy(const void *from, size_t n, size_t size) {
 
 static bool copy_stops(struct request *r, const struct sched_request *asked) {
     size_t bytes = 0;
-    for (int i = 0; i < asked->n_stop; i++) bytes += asked->stop_len[i] + 1;
+    for (int i = 0; i < asked->n_stop; i++)
+        bytes += asked->stop_len[i] + 1;
     char *block = calloc(bytes + 1, 1);
     r->text_block = block;
     r->stops = calloc((size_t)asked->n_stop + 1, sizeof *r->stops);
@@ -110,8 +113,10 @@ static bool copy_ends(struct request *r, const struct sched_request *asked,
     int n_eos = asked->ignore_eos ? 0 : info->n_eos_ids;
     r->ends = malloc(((size_t)n_eos + (size_t)asked->n_stop_tokens + 1) * sizeof *r->ends);
     if (!r->ends) return false;
-    for (int i = 0; i < n_eos; i++) r->ends[r->n_ends++] = info->eos_ids[i];
-    for (int i = 0; i < asked->n_stop_tokens; i++) r->ends[r->n_ends++] = asked->stop_tokens[i];
+    for (int i = 0; i < n_eos; i++)
+        r->ends[r->n_ends++] = info->eos_ids[i];
+    for (int i = 0; i < asked->n_stop_tokens; i++)
+        r->ends[r->n_ends++] = asked->stop_tokens[i];
     return true;
 }
 
@@ -137,15 +142,16 @@ static bool choice_init(struct choice *c, const struct request *r, const struct 
 }
 
 enum err request_new(struct request **out, const struct sched_request *asked,
-                     const struct model_info *info, int64_t default_max, char *msg, size_t msg_len) {
+                     const struct model_info *info, int64_t default_max, char *msg,
+                     size_t msg_len) {
     enum err err = check(asked, info, msg, msg_len);
     if (err) return err;
     struct request *r = calloc(1, sizeof *r);
     if (!r) goto fail;
     r->asked = *asked;
     r->asked.prompt = copy(asked->prompt, asked->n_prompt, sizeof *asked->prompt);
-    r->asked.sampling.bias = copy(asked->sampling.bias, (size_t)asked->sampling.n_bias,
-                                  sizeof *asked->sampling.bias);
+    r->asked.sampling.bias =
+        copy(asked->sampling.bias, (size_t)asked->sampling.n_bias, sizeof *asked->sampling.bias);
     r->asked.stop = NULL; /* text_block and ends are the copies */
     r->asked.stop_len = NULL;
     r->asked.stop_tokens = NULL;
@@ -191,7 +197,8 @@ void request_free(struct request *r) {
         free_events(c->kept);
         free(c->emergency);
     }
-    for (int i = 0; r->stops && i < r->asked.n_stop; i++) stop_string_free(&r->stops[i]);
+    for (int i = 0; r->stops && i < r->asked.n_stop; i++)
+        stop_string_free(&r->stops[i]);
     free(r->choices);
     free(r->stops);
     free((void *)r->text_block);

@@ -1,9 +1,12 @@
 /* sampler.c - logits to tokens without ever sorting the vocabulary.
  *
- * Every filter (top_k, top_p, min_p) keeps a prefix of the tokens in order of falling logit, so all that is needed is
- * the set, not the order: select_prefix() is a quickselect that cuts by count or by probability.  Before it, whatever provably
- * lies outside is dropped in one pass.  Tokens are compared as 64-bit keys (logit, then lower id), so there are no ties. */
+ * Every filter (top_k, top_p, min_p) keeps a prefix of the tokens in order of falling logit, so all
+ * that is needed is the set, not the order: select_prefix() is a quickselect that cuts by count or
+ * by probability.  Before it, whatever provably lies outside is dropped in one pass.  Tokens are
+ * compared as 64-bit keys (logit, then lower id), so there are no ties. */
 #include "scheduler/sampler.h"
+
+#include "compute/vec.h"
 
 #include <float.h>
 #include <math.h>
@@ -44,7 +47,8 @@ void token_counts_free(struct token_counts *c) {
 }
 
 void token_counts_clear(struct token_counts *c) {
-    for (int i = 0; i < c->n_tokens; i++) c->marks[c->tokens[i]] = 0;
+    for (int i = 0; i < c->n_tokens; i++)
+        c->marks[c->tokens[i]] = 0;
     c->n_tokens = 0;
 }
 
@@ -63,12 +67,17 @@ static uint32_t *mark_of(struct token_counts *c, int32_t token) {
     return &c->marks[token];
 }
 
-void token_counts_add_prompt(struct token_counts *c, int32_t token) { *mark_of(c, token) |= 1; }
-void token_counts_add_output(struct token_counts *c, int32_t token) { *mark_of(c, token) += 2; }
+void token_counts_add_prompt(struct token_counts *c, int32_t token) {
+    *mark_of(c, token) |= 1;
+}
+void token_counts_add_output(struct token_counts *c, int32_t token) {
+    *mark_of(c, token) += 2;
+}
 
 /* ---- randomness ---- */
 
-/* Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): key = seed, counter = (index, choice, 0). */
+/* Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): key =
+ * seed, counter = (index, choice, 0). */
 double sampler_uniform(uint64_t seed, uint32_t choice, uint64_t index) {
     uint32_t c0 = (uint32_t)index, c1 = (uint32_t)(index >> 32), c2 = choice, c3 = 0;
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
@@ -116,24 +125,48 @@ void sampler_free(struct sampler *s) {
     free(s);
 }
 
-/* Copies logits with what no arithmetic survives replaced: NaN is never chosen, infinity is the highest number. */
-static void sanitize(float *out, const float *logits, int n) {
-    for (int i = 0; i < n; i++) {
-        float x = logits[i] + 0.0f; /* -0 is 0, so that keys tie as numbers do */
-        x = x > FLT_MAX ? FLT_MAX : x;
-        out[i] = x == x ? x : -INFINITY;
-    }
+/* Replaces what no arithmetic survives: NaN is never chosen, infinity is the highest number, and -0
+ * is 0, so that keys tie as numbers do. */
+static float sane(float x) {
+    x += 0.0f;
+    x = x > -INFINITY ? x : -INFINITY;
+    return x < FLT_MAX ? x : FLT_MAX;
 }
 
-/* Four chains, because one would wait for the latency of every comparison. */
-static float highest(const float *x, int n) {
-    float m[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+static void sane_copy(float *out, const float *logits, int n) {
+    v16 least = v16_set1(-INFINITY), most = v16_set1(FLT_MAX), zero = v16_zero();
     int i = 0;
-    for (; i + 4 <= n; i += 4)
-        for (int j = 0; j < 4; j++) m[j] = x[i + j] > m[j] ? x[i + j] : m[j];
-    for (; i < n; i++) m[0] = x[i] > m[0] ? x[i] : m[0];
-    float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];
-    return a > b ? a : b;
+    for (; i + 16 <= n; i += 16)
+        v16_store(out + i, v16_min(v16_max(v16_add(v16_load(logits + i), zero), least), most));
+    for (; i < n; i++)
+        out[i] = sane(logits[i]);
+}
+
+static float highest(const float *x, int n) {
+    v16 m = v16_set1(-INFINITY);
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        m = v16_max(m, v16_load(x + i));
+    float top = v16_hmax(m);
+    for (; i < n; i++)
+        top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+/* w[i] = exp((x[i] - top) / temperature); returns their sum: sixteen lanes are added in double, one
+ * vector after the other. */
+static double exponentials(float *w, const float *x, int n, float top, float temperature) {
+    v16 tops = v16_set1(top), temperatures = v16_set1(temperature);
+    double sum = 0;
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        v16 e = v16_exp(v16_div(v16_sub(v16_load(x + i), tops), temperatures));
+        v16_store(w + i, e);
+        sum += (double)v16_sum(e);
+    }
+    v16 e = v16_exp(v16_div(v16_sub(v16_load_part(x + i, n - i), tops), temperatures));
+    v16_store_part(w + i, e, n - i);
+    return sum + (double)v16_sum(v16_load_part(w + i, n - i)); /* zeros behind the end */
 }
 
 static int32_t argmax(const float *x, int n) {
@@ -143,22 +176,26 @@ static int32_t argmax(const float *x, int n) {
     return 0;
 }
 
-/* Greater keys are better tokens: the float's bits in an order that integers share, then the lower id. */
+/* Greater keys are better tokens: the float's bits in an order that integers share, then the lower
+ * id. */
 static uint64_t key_of(float logit, int32_t token) {
     uint32_t bits;
     memcpy(&bits, &logit, sizeof bits);
     bits = bits >> 31 ? ~bits : bits | 0x80000000u;
     return (uint64_t)bits << 32 | (uint32_t)~token;
 }
-static int32_t token_of(uint64_t key) { return (int32_t) ~(uint32_t)key; }
+static int32_t token_of(uint64_t key) {
+    return (int32_t) ~(uint32_t)key;
+}
 
 static uint64_t middle(uint64_t a, uint64_t b, uint64_t c) {
     uint64_t low = a < b ? a : b, high = a < b ? b : a;
     return c < low ? low : c > high ? high : c;
 }
 
-/* Reorders keys so that the shortest prefix of the falling order whose mass reaches target comes first, and returns its
- * length (n when all together fall short).  Mass: weights by token, or 1 each when weights is NULL. */
+/* Reorders keys so that the shortest prefix of the falling order whose mass reaches target comes
+ * first, and returns its length (n when all together fall short).  Mass: weights by token, or 1
+ * each when weights is NULL. */
 static int select_prefix(uint64_t *keys, int n, const float *weights, double target) {
     int lo = 0, hi = n;
     double before = 0; /* mass of [0, lo), which is wholly inside */
@@ -174,7 +211,8 @@ static int select_prefix(uint64_t *keys, int n, const float *weights, double tar
             mass += better ? weights ? (double)weights[token_of(key)] : 1.0 : 0.0;
             j += better;
         }
-        for (at = j; keys[at] != pivot; at++) {}
+        for (at = j; keys[at] != pivot; at++) {
+        }
         keys[at] = keys[j];
         keys[j] = pivot;
         if (before + mass >= target) {
@@ -221,10 +259,10 @@ static void select_top(struct sampler *s, const float *logits, int k) {
 static void adjust(float *logits, const struct sampling *how, const struct token_counts *counts) {
     for (int i = 0; i < how->n_bias; i++) {
         float *x = &logits[how->bias[i].token];
-        sanitize(x, &(float){*x + how->bias[i].bias}, 1);
+        *x = sane(*x + how->bias[i].bias);
     }
-    bool penalised = how->repetition_penalty != 1 || how->presence_penalty != 0 ||
-                     how->frequency_penalty != 0;
+    bool penalised =
+        how->repetition_penalty != 1 || how->presence_penalty != 0 || how->frequency_penalty != 0;
     for (int i = 0; penalised && counts && i < counts->n_tokens; i++) {
         int32_t token = counts->tokens[i];
         uint32_t n = counts->marks[token] >> 1;
@@ -232,14 +270,15 @@ static void adjust(float *logits, const struct sampling *how, const struct token
         x = x > 0 ? x / how->repetition_penalty : x * how->repetition_penalty;
         x -= how->frequency_penalty * (float)n;
         x -= n ? how->presence_penalty : 0;
-        sanitize(&logits[token], &x, 1);
+        logits[token] = sane(x);
     }
 }
 
 /* Draws from the n tokens in keys, each as likely as its weight. */
 static int32_t draw(const struct sampler *s, int n, double u) {
     double total = 0, sum = 0;
-    for (int i = 0; i < n; i++) total += (double)s->weights[token_of(s->keys[i])];
+    for (int i = 0; i < n; i++)
+        total += (double)s->weights[token_of(s->keys[i])];
     for (int i = 0; i < n; i++) {
         sum += (double)s->weights[token_of(s->keys[i])];
         if (sum > u * total) return token_of(s->keys[i]);
@@ -252,9 +291,10 @@ int32_t sample(struct sampler *s, const float *logits, const struct sampling *ho
                int64_t index) {
     int n_vocab = s->vocab_size;
     float *x = s->logits, *w = s->weights;
-    sanitize(x, logits, n_vocab);
+    sane_copy(x, logits, n_vocab);
     adjust(x, how, counts);
-    for (int i = 0; i < n_banned; i++) x[banned[i]] = -INFINITY;
+    for (int i = 0; i < n_banned; i++)
+        x[banned[i]] = -INFINITY;
     float top = highest(x, n_vocab);
     if (how->temperature == 0 || top == -INFINITY) return argmax(x, n_vocab);
 
@@ -269,12 +309,9 @@ int32_t sample(struct sampler *s, const float *logits, const struct sampling *ho
             total += (double)w[token];
         }
     } else {
-        for (int i = 0; i < n_vocab; i++) {
-            w[i] = expf((x[i] - top) / how->temperature);
-            total += (double)w[i];
-        }
-        /* Tokens below (1 - top_p) total / n_vocab sum to less than what top_p drops, so top_p drops them all; and one
-         * ulp is left for the rounding of this bound. */
+        total = exponentials(w, x, n_vocab, top, how->temperature);
+        /* Tokens below (1 - top_p) total / n_vocab sum to less than what top_p drops, so top_p
+         * drops them all; and one ulp is left for the rounding of this bound. */
         double least = (1 - (double)how->top_p) * total / n_vocab * (1 - 0x1p-20);
         n = gather(s->keys, x, w, (float)fmax(least, (double)how->min_p), n_vocab);
     }
@@ -302,11 +339,10 @@ static int descending(const void *a, const void *b) {
 float sampler_logprobs(struct sampler *s, const float *logits, int32_t token,
                        struct token_logprob *top, int n_top) {
     float *x = s->logits;
-    sanitize(x, logits, s->vocab_size);
+    sane_copy(x, logits, s->vocab_size);
     float best = highest(x, s->vocab_size);
     if (best == -INFINITY) best = 0; /* no token has a probability: all get -inf */
-    double sum = 0;
-    for (int i = 0; i < s->vocab_size; i++) sum += (double)expf(x[i] - best);
+    double sum = exponentials(s->weights, x, s->vocab_size, best, 1);
     double log_sum = sum > 0 ? log(sum) : 0;
     if (n_top > s->vocab_size) n_top = s->vocab_size;
     if (n_top > 0) {

@@ -18,12 +18,14 @@ static void poke(struct sched *s) {
     pthread_mutex_unlock(&s->mu);
 }
 
-enum err sched_new(struct sched **out, const struct sched_options *options, char *msg, size_t msg_len) {
+enum err sched_new(struct sched **out, const struct sched_options *options, char *msg,
+                   size_t msg_len) {
     const struct model_info *info = model_info(options->model);
     if (options->max_rows <= info->n_slots || options->max_logits <= info->n_slots)
-        return err_set(msg, msg_len, ERR_ARG,
-                       "%d sequences need a model opened with more than %d rows and %d logits a step",
-                       info->n_slots, options->max_rows, options->max_logits);
+        return err_set(
+            msg, msg_len, ERR_ARG,
+            "%d sequences need a model opened with more than %d rows and %d logits a step",
+            info->n_slots, options->max_rows, options->max_logits);
     struct sched *s = calloc(1, sizeof *s);
     if (!s) return err_set(msg, msg_len, ERR_NOMEM, "out of memory");
     s->options = *options;
@@ -84,8 +86,9 @@ void sched_free(struct sched *s) {
     free(s);
 }
 
-/* A place is free when a request has ended.  One ending in one second is assumed beside what was seen, which counts only
- * before much was; those turned away before come first, so that they do not all come back at once. */
+/* A place is free when a request has ended.  One ending in one second is assumed beside what was
+ * seen, which counts only before much was; those turned away before come first, so that they do not
+ * all come back at once. */
 static double retry_after_locked(struct sched *s) {
     double rate = (s->endings.events + 1) / (s->endings.seconds + 1);
     double wait = ++s->n_turned_away / rate;
@@ -151,7 +154,8 @@ bool sched_drain(struct sched *s, double timeout_s) {
     }
     pthread_mutex_lock(&s->mu);
     s->draining = true;
-    while (s->n_active && pthread_cond_timedwait(&s->idle, &s->mu, &until) != ETIMEDOUT) {}
+    while (s->n_active && pthread_cond_timedwait(&s->idle, &s->mu, &until) != ETIMEDOUT) {
+    }
     bool finished = s->n_active == 0;
     pthread_mutex_unlock(&s->mu);
     return finished;

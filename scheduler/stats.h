@@ -8,7 +8,8 @@ double seconds_now(void); /* monotonic */
 
 void histogram_add(struct histogram *h, const double *bounds, double value);
 
-/* Events per second of the last `span` seconds or so: an exponential average that is right from the first second on. */
+/* Events per second of the last `span` seconds or so: an exponential average that is right from the
+ * first second on. */
 struct rate {
     double span, events, seconds; /* the latter two: what is remembered, at most span seconds */
 };

@@ -10,14 +10,17 @@ enum err stop_string_init(struct stop_string *s, const char *text, size_t len) {
     *s = (struct stop_string){.text = text, .len = len, .border = calloc(len, sizeof *s->border)};
     if (!s->border) return ERR_NOMEM;
     for (uint32_t i = 1, k = 0; i < len; i++) {
-        while (k && text[i] != text[k]) k = s->border[k - 1];
+        while (k && text[i] != text[k])
+            k = s->border[k - 1];
         k += text[i] == text[k];
         s->border[i] = k;
     }
     return OK;
 }
 
-void stop_string_free(struct stop_string *s) { free(s->border); }
+void stop_string_free(struct stop_string *s) {
+    free(s->border);
+}
 
 enum err text_init(struct text *t, int n_stops) {
     *t = (struct text){.room = 64};
@@ -36,7 +39,8 @@ void text_free(struct text *t) {
 
 /* One byte further; true when s is complete. */
 static bool advance(const struct stop_string *s, uint32_t *matched, char byte) {
-    while (*matched && s->text[*matched] != byte) *matched = s->border[*matched - 1];
+    while (*matched && s->text[*matched] != byte)
+        *matched = s->border[*matched - 1];
     *matched += s->text[*matched] == byte;
     return *matched == s->len;
 }

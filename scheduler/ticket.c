@@ -6,7 +6,8 @@
 
 struct event_node *event_node_new(const struct sched_event *event) {
     size_t n_top = 0;
-    for (int i = 0; i < event->n_tokens; i++) n_top += (size_t)event->tokens[i].n_top;
+    for (int i = 0; i < event->n_tokens; i++)
+        n_top += (size_t)event->tokens[i].n_top;
     size_t stop_len = event->stop_string ? strlen(event->stop_string) + 1 : 0;
     size_t tokens_at = sizeof(struct event_node);
     size_t tops_at = tokens_at + (size_t)event->n_tokens * sizeof(struct sched_token);
@@ -119,7 +120,8 @@ bool ticket_next(struct ticket *t, struct sched_event *event) {
         t->unread -= node->bytes;
         t->n_finished += node->event.finish != FINISH_NONE;
         *event = node->event;
-        if (t->paused && t->unread <= t->limit / 2) { /* not at once: a step for a few bytes each time */
+        if (t->paused &&
+            t->unread <= t->limit / 2) { /* not at once: a step for a few bytes each time */
             t->paused = false;
             if (t->wake) t->wake(t->sched);
         }

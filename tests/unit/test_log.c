@@ -31,11 +31,14 @@ static char *captured(void (*body)(const char *), const char *arg) {
     return text;
 }
 
-static void log_detail(const char *detail) { log_event(LOG_INFO, "event", "%s", detail); }
+static void log_detail(const char *detail) {
+    log_event(LOG_INFO, "event", "%s", detail);
+}
 
 static int count_lines(const char *text) {
     int n = 0;
-    for (; *text; text++) n += *text == '\n';
+    for (; *text; text++)
+        n += *text == '\n';
     return n;
 }
 
@@ -44,15 +47,24 @@ static void test_a_line_has_time_level_event_and_detail(void **state) {
     log_configure(LOG_INFO, false);
     char *line = captured(log_detail, "model=x");
     int y, mo, d, h, mi, s, ms, end = 0;
-    assert_int_equal(sscanf(line, "%4d-%2d-%2dT%2d:%2d:%2d.%3dZ%n", &y, &mo, &d, &h, &mi, &s, &ms, &end), 7);
+    assert_int_equal(
+        sscanf(line, "%4d-%2d-%2dT%2d:%2d:%2d.%3dZ%n", &y, &mo, &d, &h, &mi, &s, &ms, &end), 7);
     assert_int_equal(end, 24);
     assert_string_equal(line + end, " INFO event model=x\n");
     free(line);
 }
 
 static const char *const hostile[] = {
-    "two\nlines", "\r\x1b[2J\x7f", "quote\" and back\\slash", "\xc2\x9b" "31m",
-    "\xe2\x80\xa8separator", "broken \xff\xc3 utf8 \xe2\x82", "\xed\xa0\x80", "\xf4\x90\x80\x80", "h\xc3\xa9 \xf0\x9f\xa6\x94",
+    "two\nlines",
+    "\r\x1b[2J\x7f",
+    "quote\" and back\\slash",
+    "\xc2\x9b"
+    "31m",
+    "\xe2\x80\xa8separator",
+    "broken \xff\xc3 utf8 \xe2\x82",
+    "\xed\xa0\x80",
+    "\xf4\x90\x80\x80",
+    "h\xc3\xa9 \xf0\x9f\xa6\x94",
 };
 
 static void test_client_bytes_cannot_forge_a_line(void **state) {
@@ -62,7 +74,8 @@ static void test_client_bytes_cannot_forge_a_line(void **state) {
             log_configure(LOG_INFO, json);
             char *line = captured(log_detail, hostile[i]);
             assert_int_equal(count_lines(line), 1);
-            for (const char *p = line; p[1]; p++) assert_true((unsigned char)*p >= 0x20 && *p != 0x7f);
+            for (const char *p = line; p[1]; p++)
+                assert_true((unsigned char)*p >= 0x20 && *p != 0x7f);
             assert_null(strstr(line, "\xc2\x9b"));
             assert_null(strstr(line, "\xe2\x80\xa8"));
             free(line);
@@ -81,7 +94,8 @@ static void test_json_lines_parse_and_keep_the_detail(void **state) {
         assert_string_equal(json_string(json_get(root, "event")), "event");
         const char *detail = json_string(json_get(root, "detail"));
         assert_non_null(detail);
-        if (!strchr(hostile[i], '\xff') && !strstr(hostile[i], "\xed") && !strstr(hostile[i], "\xf4"))
+        if (!strchr(hostile[i], '\xff') && !strstr(hostile[i], "\xed") &&
+            !strstr(hostile[i], "\xf4"))
             assert_string_equal(detail, hostile[i]);
         json_free(root);
         free(line);
@@ -112,14 +126,16 @@ static void test_levels_below_the_least_are_silent(void **state) {
 
 enum { N_THREADS = 4, N_LINES = 500 };
 static void *log_many(void *arg) {
-    for (int i = 0; i < N_LINES; i++) log_event(LOG_INFO, "event", "%s", (const char *)arg);
+    for (int i = 0; i < N_LINES; i++)
+        log_event(LOG_INFO, "event", "%s", (const char *)arg);
     return NULL;
 }
 static void from_threads(const char *detail) {
     pthread_t threads[N_THREADS];
     for (int i = 0; i < N_THREADS; i++)
         assert_int_equal(pthread_create(&threads[i], NULL, log_many, (void *)detail), 0);
-    for (int i = 0; i < N_THREADS; i++) pthread_join(threads[i], NULL);
+    for (int i = 0; i < N_THREADS; i++)
+        pthread_join(threads[i], NULL);
 }
 
 static void test_lines_of_many_threads_do_not_mix(void **state) {

@@ -27,7 +27,7 @@ static enum err load(struct settings *s, const char *const *args) {
 #define ARGS(...) ((const char *const[]){__VA_ARGS__, NULL})
 #define assert_contains(text, part)                                                                \
     do {                                                                                           \
-        if (!strstr(text, part)) fail_msg("no '%s' in '%.300s'", part, text);               \
+        if (!strstr(text, part)) fail_msg("no '%s' in '%.300s'", part, text);                      \
     } while (0)
 
 static char *config_file(const char *text) {
@@ -67,15 +67,21 @@ static void test_defaults(void **state) {
 static void test_both_ways_to_write_a_flag(void **state) {
     (void)state;
     struct settings s;
-    assert_int_equal(load(&s, ARGS("run", "--seed", "-5", "m", "--temperature=0.25", "hello there", "--raw")), ERR_ARG);
+    assert_int_equal(
+        load(&s, ARGS("run", "--seed", "-5", "m", "--temperature=0.25", "hello there", "--raw")),
+        ERR_ARG);
     assert_contains(message, "--seed: '-5'");
-    assert_int_equal(load(&s, ARGS("run", "--seed", "-1", "m", "--temperature=0.25", "hello there", "--raw")), OK);
+    assert_int_equal(
+        load(&s, ARGS("run", "--seed", "-1", "m", "--temperature=0.25", "hello there", "--raw")),
+        OK);
     assert_int_equal(s.seed, -1);
     assert_string_equal(s.model, "m");
     assert_string_equal(s.prompt, "hello there");
     assert_true(s.temperature == 0.25 && s.raw);
     settings_free(&s);
-    assert_int_equal(load(&s, ARGS("run", "--seed=9223372036854775807", "--raw", "--no-raw", "--system=--x", "--", "m", "--prompt")), OK);
+    assert_int_equal(load(&s, ARGS("run", "--seed=9223372036854775807", "--raw", "--no-raw",
+                                   "--system=--x", "--", "m", "--prompt")),
+                     OK);
     assert_int_equal(s.seed, INT64_MAX);
     assert_false(s.raw);
     assert_string_equal(s.system, "--x");
@@ -86,7 +92,8 @@ static void test_both_ways_to_write_a_flag(void **state) {
 static void test_flag_beats_environment_beats_file_beats_default(void **state) {
     (void)state;
     struct settings s;
-    char *path = config_file("# a comment\nport = 1001\n  max-seqs=2 # two\n\nhost = \"a # b\"\nmax-queue = 7\n");
+    char *path = config_file(
+        "# a comment\nport = 1001\n  max-seqs=2 # two\n\nhost = \"a # b\"\nmax-queue = 7\n");
     setenv("URCHIN_PORT", "1002", 1);
     setenv("URCHIN_MAX_SEQS", "3", 1);
     setenv("URCHIN_CONFIG", path, 1);
@@ -119,7 +126,8 @@ static void test_a_bad_value_names_its_source(void **state) {
     unsetenv("URCHIN_WEIGHTS");
     char *path = config_file("\nmax-seqs = many\n"), expected[300];
     assert_int_equal(load(&s, ARGS("serve", "--config", path)), ERR_ARG);
-    snprintf(expected, sizeof expected, "%s:2: max-seqs: 'many' is not a whole number from 0 to 65536", path);
+    snprintf(expected, sizeof expected,
+             "%s:2: max-seqs: 'many' is not a whole number from 0 to 65536", path);
     assert_string_equal(message, expected);
     unlink(path);
     path = config_file("prot = 1\n");
@@ -137,7 +145,8 @@ static void test_a_bad_value_names_its_source(void **state) {
 static void test_numbers_are_read_to_their_last_character(void **state) {
     (void)state;
     struct settings s;
-    static const char *const bad[] = {"", " 1", "1 ", "1x", "0x10", "1e3", "99999999999999999999", "nan", "-1", "1.5"};
+    static const char *const bad[] = {
+        "", " 1", "1 ", "1x", "0x10", "1e3", "99999999999999999999", "nan", "-1", "1.5"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         assert_int_equal(load(&s, ARGS("serve", "--port", bad[i])), ERR_ARG);
     static const char *const bad_double[] = {"", "nan", "inf", "-0.1", "1,5", "0.5x", " 1", "1e9"};
@@ -151,8 +160,10 @@ static void test_numbers_are_read_to_their_last_character(void **state) {
 static void test_sizes_need_a_unit_and_round_up(void **state) {
     (void)state;
     struct settings s;
-    static const struct { const char *text; int64_t kb; } good[] = {
-        {"4K", 4}, {"8M", 8192}, {"1g", 1 << 20}, {"2MiB", 2048}, {"2MB", 2048}};
+    static const struct {
+        const char *text;
+        int64_t kb;
+    } good[] = {{"4K", 4}, {"8M", 8192}, {"1g", 1 << 20}, {"2MiB", 2048}, {"2MB", 2048}};
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         assert_int_equal(load(&s, ARGS("serve", "--body-limit", good[i].text)), OK);
         assert_int_equal(s.body_limit_kb, good[i].kb);
@@ -161,7 +172,8 @@ static void test_sizes_need_a_unit_and_round_up(void **state) {
     assert_int_equal(load(&s, ARGS("serve", "--memory", "1500K")), OK);
     assert_int_equal(s.memory_mb, 2);
     settings_free(&s);
-    static const char *const bad[] = {"4096", "0", "8X", "8MBs", "M", "-1M", "1.5M", "99999999999T"};
+    static const char *const bad[] = {"4096", "0",   "8X",   "8MBs",
+                                      "M",    "-1M", "1.5M", "99999999999T"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         assert_int_equal(load(&s, ARGS("serve", "--body-limit", bad[i])), ERR_ARG);
 }
@@ -169,8 +181,11 @@ static void test_sizes_need_a_unit_and_round_up(void **state) {
 static void test_switches(void **state) {
     (void)state;
     struct settings s;
-    static const struct { const char *text; bool value; } words[] = {
-        {"yes", 1}, {"TRUE", 1}, {"1", 1}, {"on", 1}, {"no", 0}, {"false", 0}, {"0", 0}, {"off", 0}};
+    static const struct {
+        const char *text;
+        bool value;
+    } words[] = {{"yes", 1}, {"TRUE", 1},  {"1", 1}, {"on", 1},
+                 {"no", 0},  {"false", 0}, {"0", 0}, {"off", 0}};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
         setenv("URCHIN_JSON", words[i].text, 1);
         assert_int_equal(load(&s, ARGS("info")), OK);
@@ -194,7 +209,8 @@ static void test_unknown_names_suggest_the_nearest(void **state) {
     assert_int_equal(load(&s, ARGS("serv")), ERR_ARG);
     assert_string_equal(message, "there is no command 'serv'; did you mean 'serve'?");
     assert_int_equal(load(&s, ARGS("serve", "--temperature", "1")), ERR_ARG);
-    assert_string_equal(message, "--temperature is not a flag of 'urchin serve' (it belongs to run)");
+    assert_string_equal(message,
+                        "--temperature is not a flag of 'urchin serve' (it belongs to run)");
     assert_int_equal(load(&s, ARGS("serve", "a", "b")), ERR_ARG);
     assert_contains(message, "'b' is one argument too many");
     assert_int_equal(load(&s, ARGS("serve", "--port")), ERR_ARG);
@@ -263,10 +279,12 @@ static char *printed(void (*print)(FILE *out)) {
     return text;
 }
 static void all_help(FILE *out) {
-    for (int c = COMMAND_SERVE; c <= COMMAND_BENCH; c++) settings_help(out, (enum command)c);
+    for (int c = COMMAND_SERVE; c <= COMMAND_BENCH; c++)
+        settings_help(out, (enum command)c);
 }
 
-/* Every flag that help shows is on the page and is a known variable, and the other way round; help fits a terminal of 100 columns. */
+/* Every flag that help shows is on the page and is a known variable, and the other way round; help
+ * fits a terminal of 100 columns. */
 static void test_help_and_page_show_every_setting(void **state) {
     (void)state;
     char *text = printed(all_help), *page = printed(settings_markdown);
@@ -275,7 +293,8 @@ static void test_help_and_page_show_every_setting(void **state) {
         char name[64], flag[80];
         if (strlen(line) > 100) fail_msg("too wide: %s", line);
         if (strncmp(line, "  --", 4)) continue;
-        if (sscanf(line, "  --[no-]%60s", name) != 1 && sscanf(line, "  --%60s", name) != 1) continue;
+        if (sscanf(line, "  --[no-]%60s", name) != 1 && sscanf(line, "  --%60s", name) != 1)
+            continue;
         if (!strcmp(name, "config") || !strcmp(name, "version")) continue;
         n_flags++;
         snprintf(flag, sizeof flag, "--%s", name);
@@ -286,7 +305,8 @@ static void test_help_and_page_show_every_setting(void **state) {
     }
     assert_true(n_flags > 40);
     int n_rows = 0;
-    for (char *p = page; (p = strstr(p, "| `URCHIN_")); p++) n_rows++;
+    for (char *p = page; (p = strstr(p, "| `URCHIN_")); p++)
+        n_rows++;
     char *all = printed(all_help);
     for (char *p = page; (p = strstr(p, "| `--")); p++) {
         char name[80];
