@@ -132,34 +132,39 @@ static void read_inst(struct chat *chat, const char *jinja) {
     chat->space_behind_eos = find(behind, "' '") || find(behind, "\" \"");
 }
 
-/* The constant text between begin (a mark and a line end follow it) and end; "" where it is not
- * constant.  A line end is written as such or as \n, inside quotes or as plain template text. */
+/* The constant text between begin (a mark; a line end follows it) and end; *out stays NULL where
+ * there is none.  A line end is written as such or as \n, inside quotes or as plain template text.
+ */
 static enum err constant_between(const char *jinja, const char *begin, const char *end,
                                  char **out) {
-    for (const char *p = jinja; (p = strstr(p, begin));) {
+    for (const char *p = jinja, *next; (p = strstr(p, begin)); p = next) {
         char quote = p > jinja && (p[-1] == '\'' || p[-1] == '"') ? p[-1] : 0;
         p += strlen(begin);
-        const char *stop = strstr(p, end);
-        if (!stop) break;
-        struct bytes b = {0};
-        if (!bytes_reserve(&b, (size_t)(stop - p))) return ERR_NOMEM;
+        next = strstr(p, begin);
+        if (!next) next = p + strlen(p);
+        const char *stop = memmem(p, (size_t)(next - p), end, strlen(end));
+        if (!stop) continue;
+        char *text = malloc((size_t)(stop - p) + 1);
+        if (!text) return ERR_NOMEM;
+        size_t n = 0;
         bool constant = true;
-        for (const char *c = p; c < stop && constant; c++) {
-            char byte = *c;
-            if (byte == '\\' && quote && c + 1 < stop) {
-                byte = *++c == 'n' ? '\n' : *c == 't' ? '\t' : *c;
-            } else if ((quote && byte == quote) || (c[0] == '{' && (c[1] == '{' || c[1] == '%'))) {
-                constant = false;
+        for (; p < stop && constant; p++) {
+            if (*p == '\\' && quote && p + 1 < stop) {
+                p++;
+                text[n++] = *p == 'n' ? '\n' : *p == 't' ? '\t' : *p;
+            } else {
+                constant =
+                    !(quote && *p == quote) && !(p[0] == '{' && (p[1] == '{' || p[1] == '%'));
+                text[n++] = *p;
             }
-            b.data[b.len++] = byte;
         }
-        b.data[b.len] = 0;
-        if (constant && b.len > 1 && b.data[0] == '\n') {
-            memmove(b.data, b.data + 1, b.len);
-            *out = b.data;
+        text[n] = 0;
+        if (constant && n > 1 && text[0] == '\n') {
+            memmove(text, text + 1, n);
+            *out = text;
             return OK;
         }
-        free(b.data);
+        free(text);
     }
     return OK;
 }
