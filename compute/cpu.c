@@ -33,8 +33,14 @@ static enum cpu_isa detect(void) {
 
 enum cpu_isa cpu_isa(void) {
     int most = atomic_load_explicit(&limit, memory_order_relaxed);
-    enum cpu_isa best = detect();
-    return (int)best < most ? best : (enum cpu_isa)most;
+    static _Atomic int found = -1; /* asked once: CPUID leaves a virtual machine, and kernels are
+                                      looked up for every row */
+    int best = atomic_load_explicit(&found, memory_order_relaxed);
+    if (best < 0) {
+        best = (int)detect();
+        atomic_store_explicit(&found, best, memory_order_relaxed);
+    }
+    return (enum cpu_isa)(best < most ? best : most);
 }
 
 void cpu_isa_limit(enum cpu_isa most) {
