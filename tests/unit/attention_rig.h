@@ -49,7 +49,8 @@ struct rig {
     struct rope *rope;
     struct team *team;
     struct attention *a;
-    int n; /* tokens */
+    int n;     /* tokens */
+    int first; /* position 0 of what rig_read reads is this token of the input */
     /* [layer] of [n][heads][D] */
     float *q[RIG_LAYERS], *k[RIG_LAYERS], *v[RIG_LAYERS];
 };
@@ -136,12 +137,13 @@ static inline float *rows_open(const struct rig *g) { /* y [RIG_LAYERS][n][H][D]
 static inline void rig_read(const struct rig *g, void *slot, int from, int to, float *y) {
     size_t q_row = row_floats(g),
            kv_row = (size_t)g->config.n_kv_heads * (size_t)g->config.head_dim;
+    size_t token = (size_t)g->first + from;
     struct attention_run run = {.slot = slot, .first_row = 0, .n_rows = to - from};
     attention_step_begin(g->a, &run, 1);
     for (int i = 0; i < RIG_LAYERS; i++)
         attention_layer(g->a, i, y + ((size_t)i * g->n + from) * q_row, q_row,
-                        g->q[i] + from * q_row, q_row, g->k[i] + from * kv_row, kv_row,
-                        g->v[i] + from * kv_row, kv_row);
+                        g->q[i] + token * q_row, q_row, g->k[i] + token * kv_row, kv_row,
+                        g->v[i] + token * kv_row, kv_row);
     attention_step_end(g->a);
 }
 

@@ -3,6 +3,8 @@
  */
 #include "attention_rig.h"
 
+#include "compute/cpu.h"
+
 #include <stdio.h>
 
 enum { N = 101 };
@@ -38,8 +40,10 @@ static void compare(const struct rig *g, const float *y, const int64_t *sets, do
     free(want);
 }
 
-/* Decode, one chunk, and chunks of 7 against the quadratic form. */
-static void check(struct attention_config config, double rope_base, bool bias, bool linear) {
+/* Decode, one chunk, and chunks of 7 against the quadratic form.  Maps of queries and of keys are
+ * multiplied by steep. */
+static void check_steep(struct attention_config config, double rope_base, bool bias, bool linear,
+                        float steep) {
     char what[300];
     snprintf(what, sizeof what,
              "kind %d map %d f %d per-query-key-map %d window %d/%d sinks %d cache %d/%d mixing %d "
@@ -53,6 +57,13 @@ static void check(struct attention_config config, double rope_base, bool bias, b
     struct rig g;
     rig_open(&g, config, rope_base, N, 2, bias);
     attention_set_linear(g.a, linear);
+    size_t map = (size_t)config.head_dim * config.features;
+    for (int i = 0; i < RIG_LAYERS && steep != 1; i++) {
+        for (size_t e = 0; e < config.n_heads * map; e++)
+            ((float *)g.weights[i].map_q)[e] *= steep;
+        for (size_t e = 0; e < state_heads(&config) * map; e++)
+            ((float *)g.weights[i].map_k)[e] *= steep;
+    }
     int blocks = config.window_size ? (N + config.window_size - 1) / config.window_size : 0;
     int64_t *sets = calloc((size_t)RIG_LAYERS * config.n_kv_heads * blocks * config.cache_size + 1,
                            sizeof *sets);
@@ -71,6 +82,10 @@ static void check(struct attention_config config, double rope_base, bool bias, b
         fail_msg("%s: one chunk differs from decode", what);
     free(sets), free(slot), free(y), free(chunked);
     rig_close(&g);
+}
+
+static void check(struct attention_config config, double rope_base, bool bias, bool linear) {
+    check_steep(config, rope_base, bias, linear, 1);
 }
 
 static struct attention_config base_config(void) {
@@ -185,6 +200,35 @@ static void test_no_rope_and_linear_off_are_the_quadratic_form(void **state) {
             }
 }
 
+/* u up to some hundreds: e^u is no float, and keys are cut at 30. */
+static void test_steep_maps_stay_finite_and_are_the_quadratic_form(void **state) {
+    (void)state;
+    for (int window = WINDOW_NONE; window <= WINDOW_TERRACED; window++)
+        for (int mixing = MIXING_UNIFIED; mixing <= MIXING_LOLCATS; mixing++) {
+            struct attention_config c = base_config();
+            with_window(&c, window);
+            c.mixing = mixing;
+            check_steep(c, 100, false, true, 20);
+        }
+}
+
+static void test_every_instruction_family_is_the_quadratic_form(void **state) {
+    (void)state;
+    enum cpu_isa best = cpu_isa();
+    for (int isa = CPU_GENERIC; isa <= (int)best; isa++) {
+        cpu_isa_limit((enum cpu_isa)isa);
+        for (int kv = KV_FP32; kv <= KV_BF16; kv++)
+            for (int map = MAP_EXP; map <= MAP_JOINT_SOFTMAX; map++) {
+                struct attention_config c = base_config();
+                c.n_heads = 6, c.head_dim = 36, c.features = 21;
+                c.kv_type = (enum kv_type)kv;
+                c.map = (enum feature_map)map;
+                check(c, 100, true, true);
+            }
+    }
+    cpu_isa_limit(CPU_AVX512);
+}
+
 static void test_softmax_is_the_quadratic_form(void **state) {
     (void)state;
     static const struct {
@@ -271,6 +315,8 @@ int main(void) {
         cmocka_unit_test(test_distance_limits_of_every_size_are_the_quadratic_form),
         cmocka_unit_test(test_horizons_of_every_size_are_the_quadratic_form),
         cmocka_unit_test(test_no_rope_and_linear_off_are_the_quadratic_form),
+        cmocka_unit_test(test_steep_maps_stay_finite_and_are_the_quadratic_form),
+        cmocka_unit_test(test_every_instruction_family_is_the_quadratic_form),
         cmocka_unit_test(test_softmax_is_the_quadratic_form),
         cmocka_unit_test(test_settings_that_make_no_sense_are_refused_by_name),
     };

@@ -137,6 +137,37 @@ static void test_a_reused_slot_remembers_nothing(void **state) {
     }
 }
 
+/* Scores of the next choice that an earlier sequence left in the slot are not taken for the loaded
+ * one's. */
+static void test_a_state_loaded_over_another_sequence_goes_on_as_its_own(void **state) {
+    (void)state;
+    enum { N = 80, LENGTH = 60 };
+    struct rig g;
+    rig_open(&g, small(), 100, N, 2, false);
+    void *slot = slot_open(&g), *other = slot_open(&g);
+    float *whole = rows_open(&g), *y = rows_open(&g);
+    rig_read(&g, slot, 0, LENGTH, whole);
+    for (int at = 0; at < LENGTH; at++) {
+        attention_slot_clear(g.a, slot);
+        attention_slot_clear(g.a, other);
+        g.first = 17;
+        if (at) rig_read(&g, other, 0, at, y);
+        g.first = 0;
+        if (at) rig_read(&g, slot, 0, at, y);
+        size_t bytes;
+        void *saved = save(&g, slot, &bytes);
+        assert_int_equal(attention_state_load(g.a, other, saved, bytes, NULL, 0), OK);
+        rig_read(&g, other, at, LENGTH, y);
+        size_t row = row_floats(&g), n = (size_t)(LENGTH - at) * row * sizeof *y;
+        for (int i = 0; i < RIG_LAYERS; i++)
+            assert_memory_equal(whole + ((size_t)i * N + at) * row, y + ((size_t)i * N + at) * row,
+                                n);
+        free(saved);
+    }
+    free(slot), free(other), free(whole), free(y);
+    rig_close(&g);
+}
+
 static void expect_refused(const struct rig *g, void *slot, const void *state, size_t bytes,
                            const char *word) {
     char msg[200] = "";
@@ -245,6 +276,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_saved_and_loaded_or_forked_anywhere_goes_on_with_the_same_bits),
         cmocka_unit_test(test_a_reused_slot_remembers_nothing),
+        cmocka_unit_test(test_a_state_loaded_over_another_sequence_goes_on_as_its_own),
         cmocka_unit_test(test_hostile_states_are_refused_with_a_sentence),
         cmocka_unit_test(test_a_softmax_state_is_as_long_as_its_text),
         cmocka_unit_test(test_a_hedgehog_state_is_as_long_at_every_position),
