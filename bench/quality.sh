@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 urchin=${URCHIN:-build/urchin}
 model=${1:-models/smollm2-135m-hedgehog}
 tokens=${TOKENS:-10240}
-text=tests/data/text/wikitext2-valid-head.txt,tests/data/text/doyle-lost-world-head.txt
+text=tests/data/text/doyle-lost-world-head.txt,tests/data/text/wikitext2-valid-head.txt
 [[ $model == *stories260k* ]] && text=tests/data/text/tinystories-valid-head.txt
 
 n_texts=$(tr ',' '\n' <<<"$text" | wc -l)

@@ -20,7 +20,7 @@ enum err passkey_make(struct passkey *out, const struct tokenizer *tokenizer,
     snprintf(p.key, sizeof p.key, "%d", 10000 + (int)(random % 90000));
 
     char fact[128];
-    snprintf(fact, sizeof fact, "\nThe pass key is %s. Remember it. %s is the pass key.\n", p.key,
+    snprintf(fact, sizeof fact, "\nThe pass key is %s. Remember it. The pass key is %s.\n", p.key,
              p.key);
     static const char question[] = "\nWhat is the pass key? The pass key is";
     int32_t *fact_ids = NULL, *question_ids = NULL;

@@ -1,10 +1,12 @@
 /* passkey.h - can a model repeat a number it read far back?
  *
- * Mohtashami and Jaggi 2023, arXiv:2305.16300, section 4.2, with a novel in place of their filler.
+ * After Mohtashami and Jaggi 2023, arXiv:2305.16300, section 4.2, with real text in place of their
+ * filler, and the fact said twice in the same words: said theirs, "48213 is the pass key", small
+ * base models themselves answered in words instead of digits.
  * A prompt of exactly `length` tokens, BOS included where the tokenizer adds one:
  *
  *   text
- *   "\nThe pass key is 48213. Remember it. 48213 is the pass key.\n"
+ *   "\nThe pass key is 48213. Remember it. The pass key is 48213.\n"
  *   text
  *   "\nWhat is the pass key? The pass key is"
  *

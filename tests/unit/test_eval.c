@@ -316,7 +316,7 @@ static void test_passkey_prompts_have_the_length_asked_for_and_hold_the_key(void
         char *text, fact[128];
         size_t len;
         assert_int_equal(detokenize(model_tokenizer(m), p.ids, 700, false, true, &text, &len), OK);
-        snprintf(fact, sizeof fact, "The pass key is %s. Remember it. %s is the pass key.\n", p.key,
+        snprintf(fact, sizeof fact, "The pass key is %s. Remember it. The pass key is %s.\n", p.key,
                  p.key);
         const char *at = strstr(text, fact);
         assert_non_null(at);
