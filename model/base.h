@@ -1,11 +1,14 @@
-/* base.h - a base checkpoint, whichever container it came in: its configuration, and its tensors by what they are for.
+/* base.h - a base checkpoint, whichever container it came in: its configuration, and its tensors by
+ * what they are for.
  *
- * A Hugging Face folder (config.json, model.safetensors or model.safetensors.index.json and its shards) or a GGUF file.  Every
- * tensor of the files is matched against one table: one that is missing, unknown, there twice or of another
- * shape than the configuration says is ERR_FORMAT with a sentence naming it.
+ * A Hugging Face folder (config.json, model.safetensors or model.safetensors.index.json and its
+ * shards) or a GGUF file.  Every tensor of the files is matched against one table: one that is
+ * missing, unknown, there twice or of another shape than the configuration says is ERR_FORMAT with
+ * a sentence naming it.
  *
- * Matrices are seen as Hugging Face's Linear has them, [n_out, n_in] with q and k rows in half-split RoPE
- * order: GPT-2's transposed Conv1D and GGUF's interleaved rows of Llama's q and k are undone while reading. */
+ * Matrices are seen as Hugging Face's Linear has them, [n_out, n_in] with q and k rows in
+ * half-split RoPE order: GPT-2's transposed Conv1D and GGUF's interleaved rows of Llama's q and k
+ * are undone while reading. */
 #ifndef URCHIN_MODEL_BASE_H
 #define URCHIN_MODEL_BASE_H
 
@@ -23,7 +26,7 @@ enum base_architecture { BASE_LLAMA, BASE_GPT2 };
 struct base_config {
     enum base_architecture architecture;
     int n_layers, hidden_dim, ffn_dim, n_heads, n_kv_heads, head_dim, vocab_size;
-    int64_t context;         /* trained length; GPT-2: rows of the position table */
+    int64_t context; /* trained length; GPT-2: rows of the position table */
     double norm_eps;
     bool tied;               /* the head is the embedding */
     bool qkv_bias;           /* Qwen2: q, k and v must have biases (other Llamas may) */
@@ -36,21 +39,41 @@ struct base_config {
 
 enum base_part {
     /* once */
-    PART_EMBED, PART_POSITION, PART_NORM, PART_NORM_BIAS, PART_HEAD,
+    PART_EMBED,
+    PART_POSITION,
+    PART_NORM,
+    PART_NORM_BIAS,
+    PART_HEAD,
     /* per layer */
-    PART_ATTN_NORM, PART_ATTN_NORM_BIAS,
-    PART_Q, PART_K, PART_V, PART_QKV, PART_Q_BIAS, PART_K_BIAS, PART_V_BIAS, PART_QKV_BIAS,
-    PART_O, PART_O_BIAS, PART_FFN_NORM, PART_FFN_NORM_BIAS,
-    PART_GATE, PART_UP, PART_DOWN, PART_GATE_BIAS, PART_UP_BIAS, PART_DOWN_BIAS,
+    PART_ATTN_NORM,
+    PART_ATTN_NORM_BIAS,
+    PART_Q,
+    PART_K,
+    PART_V,
+    PART_QKV,
+    PART_Q_BIAS,
+    PART_K_BIAS,
+    PART_V_BIAS,
+    PART_QKV_BIAS,
+    PART_O,
+    PART_O_BIAS,
+    PART_FFN_NORM,
+    PART_FFN_NORM_BIAS,
+    PART_GATE,
+    PART_UP,
+    PART_DOWN,
+    PART_GATE_BIAS,
+    PART_UP_BIAS,
+    PART_DOWN_BIAS,
     N_PARTS
 };
 
-struct base_tensor { /* a vector is n_out rows of one value */
+struct base_tensor {         /* a vector is n_out rows of one value */
     const char *file, *name; /* borrowed from the base */
     int n_out, n_in;
     const struct gguf_tensor *gguf; /* one of the two */
     const struct st_tensor *st;
-    bool transposed;      /* stored [n_in, n_out] */
+    bool transposed;       /* stored [n_in, n_out] */
     int interleaved_heads; /* > 0: each of so many heads has its rows stored pairwise */
 };
 
@@ -61,7 +84,8 @@ const struct base_config *base_config(const struct base *base);
 const char *base_path(const struct base *base);
 int64_t base_n_params(const struct base *base);
 
-/* WEIGHT_INT8 when any matrix is quantised, else WEIGHT_BF16 when any has 16 bits, else WEIGHT_FP32. */
+/* WEIGHT_INT8 when any matrix is quantised, else WEIGHT_BF16 when any has 16 bits, else
+ * WEIGHT_FP32. */
 enum weight_type base_natural_weights(const struct base *base);
 
 /* layer is 0 for parts that are there once.  NULL: the checkpoint has none, as it may. */
@@ -73,11 +97,14 @@ void base_read(const struct base_tensor *tensor, int first, int n_rows, float *o
 enum err base_tokenizer(const struct base *base, struct tokenizer **out, char *msg, size_t msg_len);
 
 /* ---- the two kinds of configuration (base_config_*.c) ---- */
-enum err base_config_from_folder(struct base_config *config, const char *folder, char *msg, size_t msg_len);
+enum err base_config_from_folder(struct base_config *config, const char *folder, char *msg,
+                                 size_t msg_len);
 enum err base_config_from_gguf(struct base_config *config, const struct gguf *g, const char *path,
                                char *msg, size_t msg_len);
-enum err base_config_check(const struct base_config *config, const char *path, char *msg, size_t msg_len);
-void base_config_add_eos(struct base_config *config, int64_t id); /* once each; what is no token id is dropped */
+enum err base_config_check(const struct base_config *config, const char *path, char *msg,
+                           size_t msg_len);
+void base_config_add_eos(struct base_config *config,
+                         int64_t id); /* once each; what is no token id is dropped */
 
 /* folder/name, malloc'd; NULL: out of memory. */
 char *path_join(const char *folder, const char *name);

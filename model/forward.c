@@ -16,7 +16,7 @@ struct row_op {
     struct model *m;
     void (*fn)(const struct row_op *op, int row);
     int n_rows;
-    const float *norm, *norm_bias; /* norm NULL: none follows */
+    const float *norm, *norm_bias; /* of what follows */
 };
 
 enum { TEAM_ROWS = 16 }; /* below it waking the team costs more than it saves */
@@ -62,7 +62,7 @@ static void add_row(const struct row_op *op, int row) {
     size_t hidden = (size_t)m->config.hidden_dim;
     float *x = m->x + (size_t)row * hidden;
     add_to(x, m->delta + (size_t)row * hidden, (int)hidden);
-    if (op->norm) norm_row(op, m->normed + (size_t)row * hidden, x);
+    norm_row(op, m->normed + (size_t)row * hidden, x);
 }
 
 static void activate_row(const struct row_op *op, int row) {
@@ -75,12 +75,6 @@ static void activate_row(const struct row_op *op, int row) {
         float *up = m->ffn + (size_t)row * (size_t)ffn;
         (m->config.gelu_erf ? gelu_erf : gelu_tanh)(up, up, ffn);
     }
-}
-
-static void final_row(const struct row_op *op, int row) {
-    struct model *m = op->m;
-    size_t hidden = (size_t)m->config.hidden_dim;
-    norm_row(op, m->normed + (size_t)row * hidden, m->x + (size_t)m->logit_rows[row] * hidden);
 }
 
 /* ---- the step ---- */
@@ -116,6 +110,19 @@ static enum err lay_out(struct model *m, const struct model_run *runs, int n_run
     return OK;
 }
 
+/* Once the last layer's keys are remembered only the rows that ask go on: they move to the front.
+ * Returns how many. */
+static int keep_logit_rows(struct model *m, int n_logits) {
+    size_t hidden = (size_t)m->config.hidden_dim,
+           q = (size_t)(m->config.n_heads * m->config.head_dim);
+    for (size_t i = 0; i < (size_t)n_logits; i++) {
+        size_t row = (size_t)m->logit_rows[i]; /* >= i, ascending */
+        memmove(m->x + i * hidden, m->x + row * hidden, hidden * sizeof(float));
+        memmove(m->y + i * q, m->y + row * q, q * sizeof(float));
+    }
+    return n_logits;
+}
+
 enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
                     const float **logits) {
     const struct base_config *c = &m->config;
@@ -130,10 +137,12 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
     for_rows(
         (struct row_op){m, embed_row, n_rows, w->layers[0].attn_norm, w->layers[0].attn_norm_bias});
     for (int i = 0; i < c->n_layers; i++) {
-        const struct layer_weights *l = &w->layers[i], *next = i + 1 < c->n_layers ? l + 1 : NULL;
+        const struct layer_weights *l = &w->layers[i];
+        bool last = i + 1 == c->n_layers;
         matmul(m->team, m->scratch, m->qkv, qkv, m->normed, hidden, n_rows, l->qkv, l->qkv_bias);
         attention_layer(m->attention, i, m->y, q, m->qkv, qkv, m->qkv + q, qkv, m->qkv + q + kv,
                         qkv);
+        if (last) n_rows = keep_logit_rows(m, n_logits);
         matmul(m->team, m->scratch, m->delta, hidden, m->y, q, n_rows, l->o, l->o_bias);
         for_rows((struct row_op){m, add_row, n_rows, l->ffn_norm, l->ffn_norm_bias});
         matmul(m->team, m->scratch, m->ffn, gate_up, m->normed, hidden, n_rows, l->gate_up,
@@ -141,12 +150,11 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
         for_rows((struct row_op){m, activate_row, n_rows, NULL, NULL});
         matmul(m->team, m->scratch, m->delta, hidden, m->ffn, gate_up, n_rows, l->down,
                l->down_bias);
-        for_rows((struct row_op){m, add_row, n_rows, next ? next->attn_norm : NULL,
-                                 next ? next->attn_norm_bias : NULL});
+        for_rows((struct row_op){m, add_row, n_rows, last ? w->norm : l[1].attn_norm,
+                                 last ? w->norm_bias : l[1].attn_norm_bias});
     }
     attention_step_end(m->attention);
-    for_rows((struct row_op){m, final_row, n_logits, w->norm, w->norm_bias});
-    matmul(m->team, m->scratch, m->logits, (size_t)c->vocab_size, m->normed, hidden, n_logits,
+    matmul(m->team, m->scratch, m->logits, (size_t)c->vocab_size, m->normed, hidden, n_rows,
            w->head, NULL);
     *logits = m->logits;
     return OK;

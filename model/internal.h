@@ -31,16 +31,16 @@ struct model {
     struct attention_run *runs; /* [max_runs] */
     uint64_t *slot_step;        /* [n_slots]: the last step that named it */
     uint64_t step;
-    int32_t *tokens;            /* [max_rows] */
-    int64_t *positions;         /* [max_rows] */
-    int *logit_rows;            /* [max_logits]: which row each belongs to */
-    float *x;                   /* [max_rows][hidden]: the residual stream */
-    float *normed;              /* [max_rows][hidden] */
-    float *delta;               /* [max_rows][hidden]: what a block adds to the stream */
-    float *qkv;                 /* [max_rows][(n_heads + 2 n_kv_heads) head_dim] */
-    float *y;                   /* [max_rows][n_heads head_dim] */
-    float *ffn;                 /* [max_rows][2 ffn (Llama) or ffn] */
-    float *logits;              /* [max_logits][vocab] */
+    int32_t *tokens;    /* [max_rows] */
+    int64_t *positions; /* [max_rows] */
+    int *logit_rows;    /* [max_logits]: which row each belongs to */
+    float *x;           /* [max_rows][hidden]: the residual stream */
+    float *normed;      /* [max_rows][hidden] */
+    float *delta;       /* [max_rows][hidden]: what a block adds to the stream */
+    float *qkv;         /* [max_rows][(n_heads + 2 n_kv_heads) head_dim] */
+    float *y;           /* [max_rows][n_heads head_dim] */
+    float *ffn;         /* [max_rows][2 ffn (Llama) or ffn] */
+    float *logits;      /* [max_logits][vocab] */
 };
 
 #endif

@@ -1,8 +1,9 @@
 /* weights.h - a checkpoint packed for the CPU: what the forward pass reads.
  *
- * q, k, v are rows of one matrix, gate and up of another, so that a layer is four matmuls.  Low-rank parts W + scale B A are merged in
- * fp32 before packing.  A tied head is packed once and serves as the embedding too.  With int4, embedding, head and matrices with a merged
- * low-rank part are int8: see weights.c. */
+ * q, k, v are rows of one matrix, gate and up of another, so that a layer is four matmuls. Low-rank
+ * parts W + scale B A are merged in fp32 before packing.  A tied head is packed once and serves as
+ * the embedding too.  With int4, embedding, head and matrices with a merged low-rank part are int8:
+ * see weights.c. */
 #ifndef URCHIN_MODEL_WEIGHTS_H
 #define URCHIN_MODEL_WEIGHTS_H
 
@@ -11,7 +12,7 @@
 #include "model/base.h"
 #include "model/converted.h"
 
-struct layer_weights { /* vectors fp32; NULL where the architecture has none */
+struct layer_weights {      /* vectors fp32; NULL where the architecture has none */
     struct matrix *qkv;     /* [q rows | k rows | v rows, hidden] */
     struct matrix *o;       /* [hidden, n_heads * head_dim] */
     struct matrix *gate_up; /* Llama [gate rows | up rows, hidden]; GPT-2 [ffn, hidden] */
@@ -31,12 +32,13 @@ struct weights {
     size_t bytes;
 };
 
-/* Packs all weights with the team, once.  converted may be NULL.  ERR_FORMAT: a weight is not finite (the
- * sentence names file and tensor).  progress (may be NULL) is called from this thread. */
-enum err weights_load(struct weights **out, const struct base *base, const struct converted *converted,
-                      enum weight_type type, struct team *team,
-                      void (*progress)(void *arg, const char *what, double fraction), void *progress_arg, char *msg,
-                      size_t msg_len);
+/* Packs all weights with the team, once.  converted may be NULL.  ERR_FORMAT: a weight is not
+ * finite (the sentence names file and tensor).  progress (may be NULL) is called from this thread.
+ */
+enum err weights_load(struct weights **out, const struct base *base,
+                      const struct converted *converted, enum weight_type type, struct team *team,
+                      void (*progress)(void *arg, const char *what, double fraction),
+                      void *progress_arg, char *msg, size_t msg_len);
 void weights_free(struct weights *w); /* NULL is fine */
 
 #endif

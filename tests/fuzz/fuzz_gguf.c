@@ -1,4 +1,5 @@
-/* fuzz_gguf.c - any bytes as a GGUF file: whatever is accepted can be looked up, decoded to the last byte, and asked for a configuration. */
+/* fuzz_gguf.c - any bytes as a GGUF file: whatever is accepted can be looked up, decoded to the
+ * last byte, and asked for a configuration. */
 #include "compute/quant.h"
 #include "model/base.h"
 #include "model/gguf.h"
@@ -36,7 +37,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         size_t n = t->bytes / quant_block_bytes(t->type);
         const char *at = t->data;
         for (size_t b = 0; b < n; b++)
-            quant_decode(block, t->type, at + b * quant_block_bytes(t->type), (size_t)quant_block_size(t->type));
+            quant_decode(block, t->type, at + b * quant_block_bytes(t->type),
+                         (size_t)quant_block_size(t->type));
     }
     if (base_config_from_gguf(&config, g, "fuzz", msg, sizeof msg) && !*msg) abort();
     gguf_close(g);

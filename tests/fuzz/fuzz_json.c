@@ -10,7 +10,8 @@ static int64_t walk(const struct json *node) {
     sum += json_number(node, 0) > 0;
     if (json_string(node)) sum += (int64_t)strlen(json_string(node));
     for (const struct json *c = json_child(node); c; c = json_next(c)) {
-        if (json_type(node) == JSON_OBJECT && !json_get(node, json_key(c))) abort(); /* every member is found by its key */
+        if (json_type(node) == JSON_OBJECT && !json_get(node, json_key(c)))
+            abort(); /* every member is found by its key */
         sum += walk(c);
     }
     return sum;

@@ -1,4 +1,5 @@
-/* fuzz_safetensors.c - any bytes as a safetensors file: whatever is accepted can be looked up and decoded to the last value. */
+/* fuzz_safetensors.c - any bytes as a safetensors file: whatever is accepted can be looked up and
+ * decoded to the last value. */
 #include "model/safetensors.h"
 
 #include <stdlib.h>

@@ -1,4 +1,5 @@
-/* fuzz_urchin_json.c - any bytes as urchin.json: what is accepted passes or fails attention's own check with a sentence. */
+/* fuzz_urchin_json.c - any bytes as urchin.json: what is accepted passes or fails attention's own
+ * check with a sentence. */
 #include "model/converted.h"
 
 #include <stdlib.h>
@@ -6,8 +7,20 @@
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     static const struct base_config bases[] = {
-        {.architecture = BASE_LLAMA, .n_layers = 2, .hidden_dim = 32, .n_heads = 4, .n_kv_heads = 2, .head_dim = 8, .context = 512},
-        {.architecture = BASE_GPT2, .n_layers = 2, .hidden_dim = 32, .n_heads = 4, .n_kv_heads = 4, .head_dim = 8, .context = 512},
+        {.architecture = BASE_LLAMA,
+         .n_layers = 2,
+         .hidden_dim = 32,
+         .n_heads = 4,
+         .n_kv_heads = 2,
+         .head_dim = 8,
+         .context = 512},
+        {.architecture = BASE_GPT2,
+         .n_layers = 2,
+         .hidden_dim = 32,
+         .n_heads = 4,
+         .n_kv_heads = 4,
+         .head_dim = 8,
+         .context = 512},
     };
     for (int i = 0; i < 2; i++) {
         struct converted *c = NULL;

@@ -1,4 +1,5 @@
-/* model_testing.h - opening models, feeding tokens in pieces and reading golden values, for the model's tests. */
+/* model_testing.h - opening models, feeding tokens in pieces and reading golden values, for the
+ * model's tests. */
 #ifndef URCHIN_TESTS_MODEL_TESTING_H
 #define URCHIN_TESTS_MODEL_TESTING_H
 
@@ -14,6 +15,7 @@
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+
 #include <cmocka.h>
 
 #define STORIES "models/stories260k-hedgehog"
@@ -29,8 +31,11 @@ static inline double seconds(void) {
 static inline const char *smollm_base(void) {
     static char path[PATH_MAX];
     const char *cache = getenv("URCHIN_CACHE"), *home = getenv("HOME");
-    if (cache) snprintf(path, sizeof path, "%s/SmolLM2-135M-Instruct.Q4_1.gguf", cache);
-    else snprintf(path, sizeof path, "%s/.cache/urchin/SmolLM2-135M-Instruct.Q4_1.gguf", home ? home : "");
+    if (cache)
+        snprintf(path, sizeof path, "%s/SmolLM2-135M-Instruct.Q4_1.gguf", cache);
+    else
+        snprintf(path, sizeof path, "%s/.cache/urchin/SmolLM2-135M-Instruct.Q4_1.gguf",
+                 home ? home : "");
     if (access(path, R_OK) == 0) return path;
     print_message("skipped: %s is not there (`make model` fetches it)\n", path);
     return NULL;
@@ -60,13 +65,15 @@ static inline struct team *new_team(int n) {
     return team;
 }
 
-/* Reads tokens [n] into a cleared slot, cut at cuts (ascending, ended by 0) and wherever max_rows asks for it; all rows' logits
- * into out [n][vocab] when it is not NULL. */
-static inline void read_tokens(struct model *m, int max_rows, int slot, const int32_t *tokens, int n, const int *cuts, float *out) {
+/* Reads tokens [n] into a cleared slot, cut at cuts (ascending, ended by 0) and wherever max_rows
+ * asks for it; all rows' logits into out [n][vocab] when it is not NULL. */
+static inline void read_tokens(struct model *m, int max_rows, int slot, const int32_t *tokens,
+                               int n, const int *cuts, float *out) {
     size_t vocab = (size_t)model_info(m)->vocab_size;
     model_slot_clear(m, slot);
     for (int at = 0; at < n;) {
-        while (cuts && *cuts && *cuts <= at) cuts++;
+        while (cuts && *cuts && *cuts <= at)
+            cuts++;
         int end = cuts && *cuts && *cuts < n ? *cuts : n;
         int rows = end - at < max_rows ? end - at : max_rows;
         const float *logits;
@@ -98,9 +105,15 @@ static inline int64_t *golden_ints(const struct safetensors *st, const char *nam
         int16_t i16;
         int32_t i32;
         switch (t->bytes / (size_t)t->n_values) {
-        case 2: memcpy(&i16, (const char *)t->data + i * 2, 2), out[i] = i16; break;
-        case 4: memcpy(&i32, (const char *)t->data + i * 4, 4), out[i] = i32; break;
-        default: memcpy(out + i, (const char *)t->data + i * 8, 8); break;
+        case 2:
+            memcpy(&i16, (const char *)t->data + i * 2, 2), out[i] = i16;
+            break;
+        case 4:
+            memcpy(&i32, (const char *)t->data + i * 4, 4), out[i] = i32;
+            break;
+        default:
+            memcpy(out + i, (const char *)t->data + i * 8, 8);
+            break;
         }
     }
     return out;
@@ -110,7 +123,8 @@ static inline int32_t *golden_tokens(const struct safetensors *st, const char *n
     int64_t *wide = golden_ints(st, name, n);
     assert_non_null(wide);
     int32_t *out = malloc((size_t)*n * sizeof *out);
-    for (int i = 0; i < *n; i++) out[i] = (int32_t)wide[i];
+    for (int i = 0; i < *n; i++)
+        out[i] = (int32_t)wide[i];
     free(wide);
     return out;
 }

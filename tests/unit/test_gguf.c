@@ -1,10 +1,12 @@
-/* test_gguf.c - reading GGUF: what it says is found, and truncated or lying files give one sentence. */
+/* test_gguf.c - reading GGUF: what it says is found, and truncated or lying files give one
+ * sentence. */
 #include "compute/quant.h"
 #include "model/gguf.h"
 
 #include "model_files.h"
 #include <setjmp.h>
 #include <stdarg.h>
+
 #include <cmocka.h>
 
 static const float values[64] = {1, 2, 3, -4};
@@ -18,7 +20,8 @@ static struct gguf_writer sample(void) {
     gguf_put_f32(&w, "x", 0.5f);
     gguf_put_strings(&w, "words", words, 3);
     put_string(&w.pairs, "yes"), put_u32(&w.pairs, GGUF_BOOL), put(&w.pairs, "\1", 1), w.n_pairs++;
-    put_string(&w.pairs, "reals"), put_u32(&w.pairs, GGUF_ARRAY), put_u32(&w.pairs, GGUF_F32), put_u64(&w.pairs, 2);
+    put_string(&w.pairs, "reals"), put_u32(&w.pairs, GGUF_ARRAY), put_u32(&w.pairs, GGUF_F32),
+        put_u64(&w.pairs, 2);
     put(&w.pairs, values, 8), w.n_pairs++;
     gguf_put_tensor(&w, "second", QUANT_F32, 8, 2, values, 64);
     gguf_put_tensor(&w, "first", QUANT_Q8_0, 32, 0, values, 34);
@@ -30,8 +33,10 @@ static enum err open_bytes(struct bytes b, char *msg, size_t msg_len) {
     unsigned char *exact = malloc(b.len ? b.len : 1); /* no byte to spare: over-reads show */
     memcpy(exact, b.at, b.len);
     enum err e = gguf_open_bytes(&g, exact, b.len, "lie.gguf", msg, msg_len);
-    if (!e) gguf_close(g);
-    else assert_ptr_equal(g, &b); /* untouched */
+    if (!e)
+        gguf_close(g);
+    else
+        assert_ptr_equal(g, &b); /* untouched */
     free(exact);
     return e;
 }
@@ -73,7 +78,8 @@ static void test_metadata_and_tensors_are_found(void **state) {
         const struct gguf_tensor *t = gguf_tensor(g, "second");
         assert_non_null(t);
         assert_int_equal(t->type, QUANT_F32);
-        assert_true(t->n_dims == 2 && t->dims[0] == 8 && t->dims[1] == 2 && t->dims[2] == 1 && t->bytes == 64);
+        assert_true(t->n_dims == 2 && t->dims[0] == 8 && t->dims[1] == 2 && t->dims[2] == 1 &&
+                    t->bytes == 64);
         assert_memory_equal(t->data, values, 64);
         t = gguf_tensor(g, "first");
         assert_true(t && t->n_dims == 1 && t->bytes == 34);
@@ -104,7 +110,8 @@ static void test_every_truncation_is_refused_by_name(void **state) {
     free(b.at);
 }
 
-/* Any single byte changed: whatever it says, it is read without a fault (sanitizers watch) or refused with a sentence. */
+/* Any single byte changed: whatever it says, it is read without a fault (sanitizers watch) or
+ * refused with a sentence. */
 static void test_any_byte_may_lie(void **state) {
     (void)state;
     struct gguf_writer w = sample();
@@ -124,18 +131,33 @@ static void test_any_byte_may_lie(void **state) {
 }
 
 /* ---- one lie each: what is written in place of the sample, and what the sentence must say ---- */
-static void no_magic(struct bytes *b) { memcpy(b->at, "GGML", 4); }
-static void version_1(struct bytes *b) { memcpy(b->at + 4, "\1\0\0", 4); }
-static void big_endian(struct bytes *b) { memcpy(b->at + 4, "\0\0\0\3", 4); }
-static void many_tensors(struct bytes *b) { memset(b->at + 8, 0xff, 7); }
-static void many_keys(struct bytes *b) { memset(b->at + 16, 0xff, 8); }
-static void long_key(struct bytes *b) { memset(b->at + 24, 0xff, 8); }
+static void no_magic(struct bytes *b) {
+    memcpy(b->at, "GGML", 4);
+}
+static void version_1(struct bytes *b) {
+    memcpy(b->at + 4, "\1\0\0", 4);
+}
+static void big_endian(struct bytes *b) {
+    memcpy(b->at + 4, "\0\0\0\3", 4);
+}
+static void many_tensors(struct bytes *b) {
+    memset(b->at + 8, 0xff, 7);
+}
+static void many_keys(struct bytes *b) {
+    memset(b->at + 16, 0xff, 8);
+}
+static void long_key(struct bytes *b) {
+    memset(b->at + 24, 0xff, 8);
+}
 
 static void test_lying_headers_are_refused(void **state) {
     (void)state;
-    static const struct { void (*lie)(struct bytes *b); const char *says; } cases[] = {
-        {no_magic, "not a GGUF file"}, {version_1, "version 2 or 3"},  {big_endian, "little-endian"},
-        {many_tensors, "shorter"},     {many_keys, "shorter"},         {long_key, "metadata key 1"},
+    static const struct {
+        void (*lie)(struct bytes *b);
+        const char *says;
+    } cases[] = {
+        {no_magic, "not a GGUF file"}, {version_1, "version 2 or 3"}, {big_endian, "little-endian"},
+        {many_tensors, "shorter"},     {many_keys, "shorter"},        {long_key, "metadata key 1"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct gguf_writer w = sample();
@@ -151,16 +173,24 @@ static void test_lying_headers_are_refused(void **state) {
 static void test_lying_metadata_is_refused(void **state) {
     (void)state;
     for (int lie = 0; lie < 6; lie++) {
-        static const char *const says[] = {"n is there twice", "unknown value type 13", "unknown value type 9", "ends inside metadata liar",
-                                           "power of two", "no name"};
+        static const char *const says[] = {"n is there twice",     "unknown value type 13",
+                                           "unknown value type 9", "ends inside metadata liar",
+                                           "power of two",         "no name"};
         struct gguf_writer w = sample();
         char msg[300] = "";
         if (lie == 0) gguf_put_u32(&w, "n", 8);
-        if (lie == 1) put_string(&w.pairs, "liar"), put_u32(&w.pairs, 13), put_u64(&w.pairs, 0), w.n_pairs++;
-        if (lie == 2) put_string(&w.pairs, "liar"), put_u32(&w.pairs, 9), put_u32(&w.pairs, 9), put_u64(&w.pairs, 1), w.n_pairs++;
-        if (lie == 3) put_string(&w.pairs, "liar"), put_u32(&w.pairs, 9), put_u32(&w.pairs, 0), put_u64(&w.pairs, 1ull << 61), w.n_pairs++;
+        if (lie == 1)
+            put_string(&w.pairs, "liar"), put_u32(&w.pairs, 13), put_u64(&w.pairs, 0), w.n_pairs++;
+        if (lie == 2)
+            put_string(&w.pairs, "liar"), put_u32(&w.pairs, 9), put_u32(&w.pairs, 9),
+                put_u64(&w.pairs, 1), w.n_pairs++;
+        if (lie == 3)
+            put_string(&w.pairs, "liar"), put_u32(&w.pairs, 9), put_u32(&w.pairs, 0),
+                put_u64(&w.pairs, 1ull << 61), w.n_pairs++;
         if (lie == 4) gguf_put_u32(&w, "general.alignment", 33);
-        if (lie == 5) put_u64(&w.pairs, 3), put(&w.pairs, "a\0b", 3), put_u32(&w.pairs, 0), put(&w.pairs, "x", 1), w.n_pairs++;
+        if (lie == 5)
+            put_u64(&w.pairs, 3), put(&w.pairs, "a\0b", 3), put_u32(&w.pairs, 0),
+                put(&w.pairs, "x", 1), w.n_pairs++;
         struct bytes b = gguf_finish(&w, 3);
         assert_int_equal(open_bytes(b, msg, sizeof msg), ERR_FORMAT);
         if (!strstr(msg, says[lie])) fail_msg("lie %d: %s", lie, msg);
@@ -170,12 +200,24 @@ static void test_lying_metadata_is_refused(void **state) {
 
 static void test_lying_tensors_are_refused_by_name(void **state) {
     (void)state;
-    static const struct { const char *name; uint32_t type; int n_dims; uint64_t dims[5]; uint64_t offset; const char *says; } cases[] = {
+    static const struct {
+        const char *name;
+        uint32_t type;
+        int n_dims;
+        uint64_t dims[5];
+        uint64_t offset;
+        const char *says;
+    } cases[] = {
         {"liar", QUANT_F32, 0, {0}, 0, "tensor liar has 0 dimensions"},
         {"liar", QUANT_F32, 5, {1, 1, 1, 1, 1}, 0, "tensor liar has 5 dimensions"},
         {"liar", QUANT_F32, 2, {4, 0}, 0, "tensor liar has an impossible shape"},
         {"liar", QUANT_F32, 2, {1ull << 31, 1}, 0, "tensor liar has an impossible shape"},
-        {"liar", QUANT_F32, 4, {1 << 30, 1 << 30, 1 << 30, 1 << 30}, 0, "tensor liar has an impossible shape"},
+        {"liar",
+         QUANT_F32,
+         4,
+         {1 << 30, 1 << 30, 1 << 30, 1 << 30},
+         0,
+         "tensor liar has an impossible shape"},
         {"liar", 23, 1, {256}, 0, "tensor liar has type 23"},
         {"liar", 31, 1, {256}, 0, "tensor liar has type 31"},
         {"liar", QUANT_Q4_0, 1, {33}, 0, "tensor liar are not whole Q4_0 blocks"},
@@ -189,7 +231,8 @@ static void test_lying_tensors_are_refused_by_name(void **state) {
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct gguf_writer w = sample();
         char msg[300] = "";
-        gguf_put_info(&w, cases[i].name, cases[i].type, cases[i].n_dims, cases[i].dims, cases[i].offset);
+        gguf_put_info(&w, cases[i].name, cases[i].type, cases[i].n_dims, cases[i].dims,
+                      cases[i].offset);
         if (cases[i].offset == 128) put_zeros(&w.data, 128 + 16 - w.data.len);
         struct bytes b = gguf_finish(&w, 3);
         assert_int_equal(open_bytes(b, msg, sizeof msg), ERR_FORMAT);

@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+
 #include <cmocka.h>
 
 static struct json *parse(const char *text) {
@@ -15,7 +16,8 @@ static struct json *parse(const char *text) {
 
 static void test_values_are_read_by_type(void **state) {
     (void)state;
-    struct json *j = parse("{\"i\":-7,\"x\":1.5,\"big\":1e999,\"wide\":9007199254740994,\"s\":\"a\\u00e9\\n\",\"t\":true,\"n\":null,"
+    struct json *j = parse("{\"i\":-7,\"x\":1.5,\"big\":1e999,\"wide\":9007199254740994,\"s\":"
+                           "\"a\\u00e9\\n\",\"t\":true,\"n\":null,"
                            "\"a\":[1,[2],\"z\"],\"o\":{\"k\":3}}");
     int64_t i = 99;
     assert_true(json_int(json_get(j, "i"), &i));
@@ -55,7 +57,11 @@ static void test_keys_are_case_sensitive_and_the_first_counts(void **state) {
 /* Sentence: name, fault, line and column. */
 static void test_faults_are_named_with_line_and_column(void **state) {
     (void)state;
-    static const struct { const char *text; size_t len; const char *says; } cases[] = {
+    static const struct {
+        const char *text;
+        size_t len;
+        const char *says;
+    } cases[] = {
         {"", 0, "too early at line 1, column 1"},
         {"{\"a\":1", 6, "too early"},
         {"{\"a\":1}\n x", 10, "line 2, column 2"},
@@ -69,13 +75,16 @@ static void test_faults_are_named_with_line_and_column(void **state) {
         {"{\"a\"", 4, "t.json"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        char msg[200] = "", *exact = malloc(cases[i].len + 1); /* no byte to spare: over-reads show */
+        char msg[200] = "",
+             *exact = malloc(cases[i].len + 1); /* no byte to spare: over-reads show */
         struct json *root = (void *)&root;
         memcpy(exact, cases[i].text, cases[i].len);
         exact = realloc(exact, cases[i].len ? cases[i].len : 1);
-        assert_int_equal(json_parse(&root, exact, cases[i].len, "t.json", msg, sizeof msg), ERR_FORMAT);
+        assert_int_equal(json_parse(&root, exact, cases[i].len, "t.json", msg, sizeof msg),
+                         ERR_FORMAT);
         assert_ptr_equal(root, &root); /* untouched */
-        if (!strstr(msg, cases[i].says) || strncmp(msg, "t.json: ", 8)) fail_msg("case %zu: %s", i, msg);
+        if (!strstr(msg, cases[i].says) || strncmp(msg, "t.json: ", 8))
+            fail_msg("case %zu: %s", i, msg);
         free(exact);
     }
 }
@@ -106,7 +115,8 @@ static void test_files_load_and_missing_ones_are_named(void **state) {
     (void)state;
     struct json *root = NULL;
     char msg[200] = "";
-    assert_int_equal(json_load(&root, "models/stories260k-hedgehog/urchin.json", msg, sizeof msg), OK);
+    assert_int_equal(json_load(&root, "models/stories260k-hedgehog/urchin.json", msg, sizeof msg),
+                     OK);
     assert_string_equal(json_string(json_get(root, "name")), "stories260k-hedgehog");
     json_free(root);
     assert_int_equal(json_load(&root, "no/such.json", msg, sizeof msg), ERR_IO);

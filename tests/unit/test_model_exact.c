@@ -1,5 +1,6 @@
-/* test_model_exact.c - "same request, same tokens": a row's logits are the same bits however its prompt was cut, whatever else is in the
- * batch, in whichever slot and with any number of threads, for every weight format.  All comparisons are of bits. */
+/* test_model_exact.c - "same request, same tokens": a row's logits are the same bits however its
+ * prompt was cut, whatever else is in the batch, in whichever slot and with any number of threads,
+ * for every weight format.  All comparisons are of bits. */
 #include "model_testing.h"
 #include "tiny_model.h"
 
@@ -13,7 +14,8 @@ static const char *const formats[] = {"fp32", "bf16", "int8", "int4"};
 static void fill_tokens(int32_t *tokens, int n, int vocab, uint32_t seed) {
     for (int i = 0; i < n; i++) {
         seed = seed * 1664525u + 1013904223u;
-        tokens[i] = i > 20 && seed >> 30 == 0 ? tokens[i - 17] : 3 + (int32_t)((seed >> 8) % (uint32_t)(vocab - 3));
+        tokens[i] = i > 20 && seed >> 30 == 0 ? tokens[i - 17]
+                                              : 3 + (int32_t)((seed >> 8) % (uint32_t)(vocab - 3));
     }
 }
 
@@ -23,7 +25,9 @@ static struct model_options exact_options(const char *path, int weights, int thr
     return o;
 }
 
-static size_t logits_bytes(const struct model *m, int n) { return (size_t)n * (size_t)model_info(m)->vocab_size * sizeof(float); }
+static size_t logits_bytes(const struct model *m, int n) {
+    return (size_t)n * (size_t)model_info(m)->vocab_size * sizeof(float);
+}
 
 /* The saved sequence of a slot; the caller frees. */
 static void *saved(const struct model *m, int slot) {
@@ -46,8 +50,10 @@ static void check_every_cut(const char *path, int weights, int step) {
         memset(cut, 0xff, bytes);
         read_tokens(m, ROWS, 1, tokens, N, (int[]){c, 0}, cut);
         void *other = saved(m, 1);
-        if (memcmp(whole, cut, bytes)) fail_msg("%s, %s: logits differ when cut at %d", path, formats[weights], c);
-        if (memcmp(state, other, state_bytes)) fail_msg("%s, %s: states differ when cut at %d", path, formats[weights], c);
+        if (memcmp(whole, cut, bytes))
+            fail_msg("%s, %s: logits differ when cut at %d", path, formats[weights], c);
+        if (memcmp(state, other, state_bytes))
+            fail_msg("%s, %s: states differ when cut at %d", path, formats[weights], c);
         free(other);
     }
     free(state);
@@ -58,19 +64,22 @@ static void check_every_cut(const char *path, int weights, int step) {
 
 static void test_any_cut_of_300_tokens_on_stories(void **state) {
     (void)state;
-    for (int weights = WEIGHT_FP32; weights <= WEIGHT_INT4; weights++) check_every_cut(STORIES, weights, weights == WEIGHT_FP32 ? 1 : 3);
+    for (int weights = WEIGHT_FP32; weights <= WEIGHT_INT4; weights++)
+        check_every_cut(STORIES, weights, weights == WEIGHT_FP32 ? 1 : 3);
 }
 
 static void test_any_cut_of_300_tokens_on_a_random_model(void **state) {
     (void)state;
-    for (int weights = WEIGHT_FP32; weights <= WEIGHT_INT4; weights++) check_every_cut(tiny, weights, weights == WEIGHT_FP32 ? 1 : 3);
+    for (int weights = WEIGHT_FP32; weights <= WEIGHT_INT4; weights++)
+        check_every_cut(tiny, weights, weights == WEIGHT_FP32 ? 1 : 3);
 }
 
 static void test_token_by_token_equals_at_once(void **state) {
     (void)state;
     int cuts[N];
     int32_t tokens[N];
-    for (int i = 0; i < N; i++) cuts[i] = i + 1;
+    for (int i = 0; i < N; i++)
+        cuts[i] = i + 1;
     cuts[N - 1] = 0;
     for (int weights = WEIGHT_FP32; weights <= WEIGHT_INT4; weights++) {
         struct model_options o = exact_options(tiny, weights, 2);
@@ -87,16 +96,19 @@ static void test_token_by_token_equals_at_once(void **state) {
     }
 }
 
-/* One sequence alone, then again in another slot among two others that come in pieces of other sizes, one forked halfway. */
+/* One sequence alone, then again in another slot among two others that come in pieces of other
+ * sizes, one forked halfway. */
 static void check_neighbours(const char *path, int weights) {
     int32_t tokens[3][N];
     struct model_options o = exact_options(path, weights, 2);
     struct model *m = open_with(&o);
     size_t vocab = (size_t)model_info(m)->vocab_size, bytes = logits_bytes(m, N);
     float *alone = malloc(bytes), *among = malloc(bytes);
-    for (int s = 0; s < 3; s++) fill_tokens(tokens[s], N, (int)vocab, 10 + (uint32_t)s);
+    for (int s = 0; s < 3; s++)
+        fill_tokens(tokens[s], N, (int)vocab, 10 + (uint32_t)s);
     read_tokens(m, ROWS, 0, tokens[0], N, NULL, alone);
-    for (int s = 0; s < 3; s++) model_slot_clear(m, s);
+    for (int s = 0; s < 3; s++)
+        model_slot_clear(m, s);
     int at = 0, first = 0, last = 0; /* rows read of the sequence and of its neighbours */
     for (int step = 0; at < N; step++) {
         int rows = (step * 7 + 1) % 23 + 1, before = (step * 5) % 11, after = (step * 3 + 2) % 13;
@@ -113,10 +125,12 @@ static void check_neighbours(const char *path, int weights) {
         if (after) runs[n++] = (struct model_run){1, after, tokens[2] + last, 1};
         const float *logits;
         assert_int_equal(model_step(m, runs, n, &logits), OK);
-        memcpy(among + (size_t)at * vocab, logits + (size_t)logit_row * vocab, (size_t)rows * vocab * sizeof *among);
+        memcpy(among + (size_t)at * vocab, logits + (size_t)logit_row * vocab,
+               (size_t)rows * vocab * sizeof *among);
         at += rows, first += before, last += after;
     }
-    if (memcmp(alone, among, bytes)) fail_msg("%s, %s: neighbours change logits", path, formats[weights]);
+    if (memcmp(alone, among, bytes))
+        fail_msg("%s, %s: neighbours change logits", path, formats[weights]);
     free(alone);
     free(among);
     model_close(m);
@@ -140,9 +154,12 @@ static void check_threads(const char *path, int weights) {
         float *logits = malloc(bytes);
         fill_tokens(tokens, N, model_info(m)->vocab_size, 9);
         read_tokens(m, ROWS, 0, tokens, N, (int[]){200, 201, 202, 0}, logits);
-        if (one && memcmp(one, logits, bytes)) fail_msg("%s, %s: %d threads change logits", path, formats[weights], threads);
-        if (one) free(logits);
-        else one = logits;
+        if (one && memcmp(one, logits, bytes))
+            fail_msg("%s, %s: %d threads change logits", path, formats[weights], threads);
+        if (one)
+            free(logits);
+        else
+            one = logits;
         model_close(m);
     }
     free(one);
@@ -177,8 +194,11 @@ static void check_saved(const char *path, int weights) {
     if (model_slot_load(m, 0, state, bytes, msg, sizeof msg)) fail_msg("%s", msg);
     assert_true(model_slot_position(m, 0) == CUT && model_slot_position(m, 2) == CUT);
     for (int slot = 0; slot <= 2; slot += 2) {
-        assert_int_equal(model_step(m, &(struct model_run){slot, N - CUT, tokens + CUT, N - CUT}, 1, &logits), OK);
-        if (memcmp(whole + CUT * vocab, logits, rest)) fail_msg("%s, %s: slot %d goes on otherwise", path, formats[weights], slot);
+        assert_int_equal(
+            model_step(m, &(struct model_run){slot, N - CUT, tokens + CUT, N - CUT}, 1, &logits),
+            OK);
+        if (memcmp(whole + CUT * vocab, logits, rest))
+            fail_msg("%s, %s: slot %d goes on otherwise", path, formats[weights], slot);
     }
     assert_int_equal(model_slot_load(m, 0, state, bytes - 1, msg, sizeof msg), ERR_FORMAT);
     assert_true(model_slot_position(m, 0) == 0 || model_slot_position(m, 0) == N);
@@ -195,11 +215,13 @@ static void test_saved_and_forked_sequences_go_on_identically(void **state) {
     }
 }
 
-/* The default model, with max_distance 128 so that keys turn clamped within the text; every cut of the lists alone is in their union. */
+/* The default model, with max_distance 128 so that keys turn clamped within the text; every cut of
+ * the lists alone is in their union. */
 static void test_cuts_on_the_default_model(void **state) {
     (void)state;
     enum { LONG = 400 };
-    static const int lists[][8] = {{1, 64, 192, 256, 320, 384, 0}, {63, 191, 255, 319, 383, 0}, {65, 193, 257, 321, 385, 0}};
+    static const int lists[][8] = {
+        {1, 64, 192, 256, 320, 384, 0}, {63, 191, 255, 319, 383, 0}, {65, 193, 257, 321, 385, 0}};
     int32_t tokens[LONG];
     if (!smollm_base()) skip();
     for (int weights = WEIGHT_FP32; weights <= WEIGHT_INT4; weights++) {
@@ -212,7 +234,8 @@ static void test_cuts_on_the_default_model(void **state) {
         read_tokens(m, ROWS, 0, tokens, LONG, NULL, whole);
         for (int i = 0; i < 3; i++) {
             read_tokens(m, ROWS, 1 + i % 2, tokens, LONG, lists[i], cut);
-            if (memcmp(whole, cut, bytes)) fail_msg("%s: logits differ when cut at %d, ...", formats[weights], lists[i][0]);
+            if (memcmp(whole, cut, bytes))
+                fail_msg("%s: logits differ when cut at %d, ...", formats[weights], lists[i][0]);
         }
         free(whole);
         free(cut);
@@ -224,13 +247,15 @@ static int set_up(void **state) {
     (void)state;
     if (!mkdtemp(tiny)) return -1;
     tiny_write(tiny);
-    for (int n = 1; n <= 3; n++) teams[n] = new_team(n);
+    for (int n = 1; n <= 3; n++)
+        teams[n] = new_team(n);
     return 0;
 }
 
 static int tear_down(void **state) {
     (void)state;
-    for (int n = 1; n <= 3; n++) team_free(teams[n]);
+    for (int n = 1; n <= 3; n++)
+        team_free(teams[n]);
     tiny_remove(tiny);
     return 0;
 }

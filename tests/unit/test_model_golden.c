@@ -1,4 +1,5 @@
-/* test_model_golden.c - whole models against values computed by PyTorch in fp32 from the same files (tests/data/golden). */
+/* test_model_golden.c - whole models against values computed by PyTorch in fp32 from the same files
+ * (tests/data/golden). */
 #include "model_testing.h"
 
 struct golden {
@@ -24,7 +25,8 @@ static void free_golden(struct golden *g) {
 }
 
 /* Largest difference of logits [n][vocab] from a golden tensor at the golden positions. */
-static double largest_difference(const struct golden *g, const char *name, const float *logits, int vocab) {
+static double largest_difference(const struct golden *g, const char *name, const float *logits,
+                                 int vocab) {
     const struct st_tensor *t = safetensors_get(g->st, name);
     assert_non_null(t);
     assert_true(t->dims[0] == g->n_at && t->dims[1] == vocab);
@@ -33,16 +35,19 @@ static double largest_difference(const struct golden *g, const char *name, const
     assert_int_equal(st_decode(want, t, 0, t->n_values), OK);
     for (int i = 0; i < g->n_at; i++)
         for (int v = 0; v < vocab; v++) {
-            double d = fabs((double)logits[(size_t)(g->at ? g->at[i] : i) * (size_t)vocab + (size_t)v] -
-                            (double)want[(size_t)i * (size_t)vocab + (size_t)v]);
+            double d =
+                fabs((double)logits[(size_t)(g->at ? g->at[i] : i) * (size_t)vocab + (size_t)v] -
+                     (double)want[(size_t)i * (size_t)vocab + (size_t)v]);
             if (!(d <= largest)) largest = d; /* NaN counts */
         }
     free(want);
     return largest;
 }
 
-/* fp32 with the golden's cache sets: what is left is the order of sums, far below 2e-3 on logits of up to 40. */
-static void check_logits(const char *golden_name, struct model_options o, const char *logits_name, const char *cache_name) {
+/* fp32 with the golden's cache sets: what is left is the order of sums, far below 2e-3 on logits of
+ * up to 40. */
+static void check_logits(const char *golden_name, struct model_options o, const char *logits_name,
+                         const char *cache_name) {
     struct golden g = read_golden(golden_name);
     int n_sets = 0, n_blocks = 0;
     o.max_logits = o.max_rows = 128;
@@ -54,7 +59,8 @@ static void check_logits(const char *golden_name, struct model_options o, const 
         const struct st_tensor *t = safetensors_get(g.st, cache_name);
         assert_non_null(t);
         n_blocks = (int)t->dims[2];
-        assert_true(t->dims[0] == model_info(m)->n_layers && t->dims[3] == model_info(m)->attention.cache_size);
+        assert_true(t->dims[0] == model_info(m)->n_layers &&
+                    t->dims[3] == model_info(m)->attention.cache_size);
         attention_impose_cache(model_attention(m), sets, n_blocks);
     }
     read_tokens(m, 128, 1, g.ids, g.n, NULL, logits);
@@ -67,7 +73,8 @@ static void check_logits(const char *golden_name, struct model_options o, const 
     free_golden(&g);
 }
 
-/* Feeds the golden's greedy tokens: where our top two logits differ by more than 0.05, the first is the golden's next token. */
+/* Feeds the golden's greedy tokens: where our top two logits differ by more than 0.05, the first is
+ * the golden's next token. */
 static void check_greedy(const char *golden_name, struct model_options o) {
     struct safetensors *st = open_golden(golden_name);
     int n, n_prompt = 1, checked = 0;
@@ -84,12 +91,16 @@ static void check_greedy(const char *golden_name, struct model_options o) {
         int best = 0;
         float second = -INFINITY;
         for (int v = 1; v < vocab; v++) {
-            if (l[v] > l[best]) second = l[best], best = v;
-            else if (l[v] > second) second = l[v];
+            if (l[v] > l[best])
+                second = l[best], best = v;
+            else if (l[v] > second)
+                second = l[v];
         }
         if (l[best] - second <= 0.05f) continue;
         checked++;
-        if (best != ids[row + 1]) fail_msg("%s: after token %d the argmax is %d, the golden's next is %d", golden_name, row, best, ids[row + 1]);
+        if (best != ids[row + 1])
+            fail_msg("%s: after token %d the argmax is %d, the golden's next is %d", golden_name,
+                     row, best, ids[row + 1]);
     }
     assert_true(checked > (n - first) / 2);
     model_close(m);
@@ -99,9 +110,11 @@ static void check_greedy(const char *golden_name, struct model_options o) {
     safetensors_close(st);
 }
 
-/* The whole converted folder without its urchin.json: the base, as a Hugging Face folder.  Removed by the caller. */
+/* The whole converted folder without its urchin.json: the base, as a Hugging Face folder.  Removed
+ * by the caller. */
 static void link_base_folder(char *folder) {
-    static const char *const files[] = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"};
+    static const char *const files[] = {"config.json", "model.safetensors", "tokenizer.json",
+                                        "tokenizer_config.json"};
     assert_non_null(mkdtemp(folder));
     for (int i = 0; i < 4; i++) {
         char from[PATH_MAX], to[PATH_MAX], whole[PATH_MAX];
@@ -113,7 +126,8 @@ static void link_base_folder(char *folder) {
 }
 
 static void unlink_base_folder(const char *folder) {
-    static const char *const files[] = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"};
+    static const char *const files[] = {"config.json", "model.safetensors", "tokenizer.json",
+                                        "tokenizer_config.json"};
     for (int i = 0; i < 4; i++) {
         char to[PATH_MAX];
         snprintf(to, sizeof to, "%s/%s", folder, files[i]);
@@ -126,14 +140,16 @@ static struct team *team;
 
 static void test_stories_logits(void **state) {
     (void)state;
-    check_logits("stories260k-hedgehog", options_for(STORIES, WEIGHT_FP32, team), "logits", "cache");
+    check_logits("stories260k-hedgehog", options_for(STORIES, WEIGHT_FP32, team), "logits",
+                 "cache");
 }
 
 static void test_stories_softmax_logits(void **state) {
     (void)state;
     char folder[] = "/tmp/urchin-base-XXXXXX";
     link_base_folder(folder);
-    check_logits("stories260k-hedgehog", options_for(folder, WEIGHT_FP32, team), "softmax_logits", NULL);
+    check_logits("stories260k-hedgehog", options_for(folder, WEIGHT_FP32, team), "softmax_logits",
+                 NULL);
     unlink_base_folder(folder);
 }
 
@@ -145,7 +161,8 @@ static void test_stories_greedy(void **state) {
 static void test_smollm_logits(void **state) {
     (void)state;
     if (!smollm_base()) skip();
-    check_logits("smollm2-135m-hedgehog", options_for(SMOLLM, WEIGHT_FP32, team), "logits", "cache");
+    check_logits("smollm2-135m-hedgehog", options_for(SMOLLM, WEIGHT_FP32, team), "logits",
+                 "cache");
 }
 
 static void test_smollm_logits_clamped_and_forgetting(void **state) {
@@ -192,12 +209,15 @@ static void test_smollm_loss_over_8192_tokens(void **state) {
     double nll[8] = {0}, start = seconds();
     for (int at = 0; at < n; at += ROWS) {
         const float *logits;
-        assert_int_equal(model_step(m, &(struct model_run){0, ROWS, ids + at, ROWS}, 1, &logits), OK);
+        assert_int_equal(model_step(m, &(struct model_run){0, ROWS, ids + at, ROWS}, 1, &logits),
+                         OK);
         for (int r = 0; r < ROWS && at + r + 1 < n; r++) {
             const float *l = logits + (size_t)r * (size_t)vocab;
             double most = l[0], sum = 0;
-            for (int v = 1; v < vocab; v++) most = l[v] > most ? l[v] : most;
-            for (int v = 0; v < vocab; v++) sum += exp(l[v] - most);
+            for (int v = 1; v < vocab; v++)
+                most = l[v] > most ? l[v] : most;
+            for (int v = 0; v < vocab; v++)
+                sum += exp(l[v] - most);
             nll[(at + r) / 1024] += most + log(sum) - l[ids[at + r + 1]];
         }
     }

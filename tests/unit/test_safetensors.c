@@ -1,10 +1,12 @@
-/* test_safetensors.c - reading safetensors: what it says is found, and truncated or lying files give one sentence. */
+/* test_safetensors.c - reading safetensors: what it says is found, and truncated or lying files
+ * give one sentence. */
 #include "compute/ops.h"
 #include "model/safetensors.h"
 
 #include "model_files.h"
 #include <setjmp.h>
 #include <stdarg.h>
+
 #include <cmocka.h>
 
 static enum err open_bytes(struct bytes b, char *msg, size_t msg_len) {
@@ -12,8 +14,10 @@ static enum err open_bytes(struct bytes b, char *msg, size_t msg_len) {
     unsigned char *exact = malloc(b.len ? b.len : 1); /* no byte to spare: over-reads show */
     memcpy(exact, b.at, b.len);
     enum err e = safetensors_open_bytes(&st, exact, b.len, "lie.safetensors", msg, msg_len);
-    if (!e) safetensors_close(st);
-    else assert_ptr_equal(st, &b); /* untouched */
+    if (!e)
+        safetensors_close(st);
+    else
+        assert_ptr_equal(st, &b); /* untouched */
     free(exact);
     return e;
 }
@@ -42,9 +46,11 @@ static void test_tensors_are_found_and_decoded(void **state) {
     float out[6];
     if (safetensors_open_bytes(&st, b.at, b.len, "t", msg, sizeof msg)) fail_msg("%s", msg);
     assert_int_equal(safetensors_count(st), 6);
-    for (int i = 1; i < 6; i++) assert_true(strcmp(safetensors_at(st, i - 1)->name, safetensors_at(st, i)->name) < 0);
+    for (int i = 1; i < 6; i++)
+        assert_true(strcmp(safetensors_at(st, i - 1)->name, safetensors_at(st, i)->name) < 0);
     const struct st_tensor *t = safetensors_get(st, "matrix");
-    assert_true(t && t->dtype == ST_F32 && t->n_dims == 2 && t->dims[0] == 2 && t->dims[1] == 3 && t->dims[2] == 1 && t->n_values == 6 && t->bytes == 24);
+    assert_true(t && t->dtype == ST_F32 && t->n_dims == 2 && t->dims[0] == 2 && t->dims[1] == 3 &&
+                t->dims[2] == 1 && t->n_values == 6 && t->bytes == 24);
     assert_int_equal(st_decode(out, t, 1, 5), OK);
     assert_memory_equal(out, reals + 1, 20);
     t = safetensors_get(st, "half");
@@ -97,45 +103,70 @@ static void test_any_byte_may_lie(void **state) {
 
 static void test_lies_are_refused_by_name(void **state) {
     (void)state;
-    static const struct { const char *header, *says; } cases[] = { /* over 16 bytes of data */
+    static const struct {
+        const char *header, *says;
+    } cases[] = {
+        /* over 16 bytes of data */
         {"[]", "not a JSON object"},
         {"{", "too early"},
         {"{\"t\":3}", "tensor t has the unknown dtype (none)"},
-        {"{\"t\":{\"dtype\":\"Q4\",\"shape\":[4],\"data_offsets\":[0,16]}}", "tensor t has the unknown dtype Q4"},
+        {"{\"t\":{\"dtype\":\"Q4\",\"shape\":[4],\"data_offsets\":[0,16]}}",
+         "tensor t has the unknown dtype Q4"},
         {"{\"t\":{\"dtype\":\"F32\",\"data_offsets\":[0,16]}}", "tensor t has no shape"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,4],\"data_offsets\":[0,16]}}", "tensor t has no shape"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[-4],\"data_offsets\":[0,16]}}", "tensor t has an impossible shape"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4.5],\"data_offsets\":[0,16]}}", "tensor t has an impossible shape"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,16]}}", "tensor t has an impossible shape"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[9007199254740992,9007199254740992],\"data_offsets\":[0,16]}}", "tensor t has an impossible shape"},
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,4],\"data_offsets\":[0,16]}}",
+         "tensor t has no shape"},
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[-4],\"data_offsets\":[0,16]}}",
+         "tensor t has an impossible shape"},
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4.5],\"data_offsets\":[0,16]}}",
+         "tensor t has an impossible shape"},
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,16]}}",
+         "tensor t has an impossible shape"},
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[9007199254740992,9007199254740992],\"data_offsets\":"
+         "[0,16]}}",
+         "tensor t has an impossible shape"},
         {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4]}}", "tensor t has no two ascending data_offsets"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[16,0]}}", "tensor t has no two ascending data_offsets"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16,32]}}", "tensor t has no two ascending data_offsets"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[-16,0]}}", "tensor t has no two ascending data_offsets"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[5],\"data_offsets\":[0,20]}}", "tensor t lies past the end"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[9007199254740000,9007199254740016]}}", "tensor t lies past the end"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,16]}}", "tensor t has 16 bytes of data, but its shape needs 12"},
-        {"{\"s\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2]},\"t\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[2,14]},"
-         "\"u\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[14,16]}}", "tensor t is not aligned"},
-        {"{\"s\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,12]},\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,16]}}",
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[16,0]}}",
+         "tensor t has no two ascending data_offsets"},
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16,32]}}",
+         "tensor t has no two ascending data_offsets"},
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[-16,0]}}",
+         "tensor t has no two ascending data_offsets"},
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[5],\"data_offsets\":[0,20]}}",
+         "tensor t lies past the end"},
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[9007199254740000,"
+         "9007199254740016]}}",
+         "tensor t lies past the end"},
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,16]}}",
+         "tensor t has 16 bytes of data, but its shape needs 12"},
+        {"{\"s\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2]},\"t\":{\"dtype\":\"F32\","
+         "\"shape\":[3],\"data_offsets\":[2,14]},"
+         "\"u\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[14,16]}}",
+         "tensor t is not aligned"},
+        {"{\"s\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,12]},\"t\":{\"dtype\":"
+         "\"F32\",\"shape\":[2],\"data_offsets\":[8,16]}}",
          "tensors s and t overlap"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,16]}}", "hole in front of tensor t"},
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,16]}}",
+         "hole in front of tensor t"},
         {"{\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", "8 bytes at its end"},
-        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,16]}}",
+        {"{\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"t\":{\"dtype\":\"F32\","
+         "\"shape\":[2],\"data_offsets\":[8,16]}}",
          "tensor t is there twice"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         char msg[300] = "";
         struct bytes b = safetensors_raw(cases[i].header, reals, 16);
         assert_int_equal(open_bytes(b, msg, sizeof msg), ERR_FORMAT);
-        if (!strstr(msg, cases[i].says) || strncmp(msg, "lie.safetensors: ", 17)) fail_msg("case %zu: %s", i, msg);
+        if (!strstr(msg, cases[i].says) || strncmp(msg, "lie.safetensors: ", 17))
+            fail_msg("case %zu: %s", i, msg);
         free(b.at);
     }
 }
 
 static void test_metadata_is_skipped_and_padding_is_optional(void **state) {
     (void)state;
-    struct bytes b = safetensors_raw("{\"__metadata__\":{\"format\":\"pt\"},\"t\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16]}}", reals, 16);
+    struct bytes b = safetensors_raw("{\"__metadata__\":{\"format\":\"pt\"},\"t\":{\"dtype\":"
+                                     "\"F32\",\"shape\":[4],\"data_offsets\":[0,16]}}",
+                                     reals, 16);
     struct safetensors *st = NULL;
     float out[4];
     assert_true(b.len % 4 != 0); /* data off its alignment, as old files have it */
@@ -151,7 +182,9 @@ static void test_files_open_and_missing_ones_are_named(void **state) {
     (void)state;
     struct safetensors *st = NULL;
     char msg[300] = "";
-    assert_int_equal(safetensors_open(&st, "models/stories260k-hedgehog/hedgehog.safetensors", msg, sizeof msg), OK);
+    assert_int_equal(
+        safetensors_open(&st, "models/stories260k-hedgehog/hedgehog.safetensors", msg, sizeof msg),
+        OK);
     assert_non_null(safetensors_get(st, "layers.4.attn.log_mix"));
     safetensors_close(st);
     assert_int_equal(safetensors_open(&st, "no/such.safetensors", msg, sizeof msg), ERR_IO);

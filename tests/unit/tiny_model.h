@@ -1,5 +1,6 @@
-/* tiny_model.h - a random converted model on disk, small enough to try every cut of a prompt: map_position none, terraced window
- * 16, cache 16 (4 recent), max_distance 48, horizon 64.  Borrows the tokenizer of stories260k. */
+/* tiny_model.h - a random converted model on disk, small enough to try every cut of a prompt:
+ * map_position none, terraced window 16, cache 16 (4 recent), max_distance 48, horizon 64.  Borrows
+ * the tokenizer of stories260k. */
 #ifndef URCHIN_TESTS_TINY_MODEL_H
 #define URCHIN_TESTS_TINY_MODEL_H
 
@@ -9,20 +10,33 @@
 #include <math.h>
 #include <unistd.h>
 
-enum { TINY_LAYERS = 2, TINY_HIDDEN = 32, TINY_HEADS = 4, TINY_KV_HEADS = 2, TINY_HEAD_DIM = 8, TINY_FFN = 48, TINY_VOCAB = 512 };
+enum {
+    TINY_LAYERS = 2,
+    TINY_HIDDEN = 32,
+    TINY_HEADS = 4,
+    TINY_KV_HEADS = 2,
+    TINY_HEAD_DIM = 8,
+    TINY_FFN = 48,
+    TINY_VOCAB = 512
+};
 
-#define TINY_CONFIG                                                                                                        \
-    "{\"model_type\":\"llama\",\"hidden_size\":32,\"intermediate_size\":48,\"num_hidden_layers\":2,"                        \
-    "\"num_attention_heads\":4,\"num_key_value_heads\":2,\"vocab_size\":512,\"max_position_embeddings\":512,"               \
+#define TINY_CONFIG                                                                                \
+    "{\"model_type\":\"llama\",\"hidden_size\":32,\"intermediate_size\":48,\"num_hidden_layers\":" \
+    "2,"                                                                                           \
+    "\"num_attention_heads\":4,\"num_key_value_heads\":2,\"vocab_size\":512,\"max_position_"       \
+    "embeddings\":512,"                                                                            \
     "\"rms_norm_eps\":1e-5,\"tie_word_embeddings\":false,\"eos_token_id\":[2,7]}"
 
-#define TINY_ATTENTION                                                                                                     \
-    "{\"kind\":\"hedgehog\",\"map\":\"exp\",\"features\":8,\"key_map_per\":\"kv_head\",\"map_position\":\"none\","          \
-    "\"max_distance\":48,\"window\":{\"rule\":\"terraced\",\"size\":16},\"sinks\":1,"                                       \
-    "\"cache\":{\"size\":16,\"score\":\"self_recall\",\"recent\":4,\"age\":32},\"horizon\":64,\"mixing\":\"unified\"}"
+#define TINY_ATTENTION                                                                             \
+    "{\"kind\":\"hedgehog\",\"map\":\"exp\",\"features\":8,\"key_map_per\":\"kv_head\",\"map_"     \
+    "position\":\"none\","                                                                         \
+    "\"max_distance\":48,\"window\":{\"rule\":\"terraced\",\"size\":16},\"sinks\":1,"              \
+    "\"cache\":{\"size\":16,\"score\":\"self_recall\",\"recent\":4,\"age\":32},\"horizon\":64,"    \
+    "\"mixing\":\"unified\"}"
 #define TINY_LOW_RANK "{\"rank\":2,\"scale\":0.5,\"targets\":[\"q_proj\",\"o_proj\"]}"
-#define TINY_URCHIN                                                                                                        \
-    "{\"format\":1,\"name\":\"tiny\",\"base\":null,\"attention\":" TINY_ATTENTION ",\"low_rank\":" TINY_LOW_RANK "}"
+#define TINY_URCHIN                                                                                \
+    "{\"format\":1,\"name\":\"tiny\",\"base\":null,\"attention\":" TINY_ATTENTION                  \
+    ",\"low_rank\":" TINY_LOW_RANK "}"
 
 /* Uniform in [-size, size], the same for the same seed. */
 static inline float *tiny_values(int n, float size, uint32_t *seed) {
@@ -35,23 +49,35 @@ static inline float *tiny_values(int n, float size, uint32_t *seed) {
     return out;
 }
 
-static inline void tiny_put(struct st_writer *w, const char *prefix, int layer, const char *name, int n_dims, const int *dims,
-                            float size, uint32_t *seed) {
+static inline void tiny_put(struct st_writer *w, const char *prefix, int layer, const char *name,
+                            int n_dims, const int *dims, float size, uint32_t *seed) {
     char full[128];
     int n = 1;
-    if (layer < 0) snprintf(full, sizeof full, "%s%s", prefix, name);
-    else snprintf(full, sizeof full, "%s%d.%s", prefix, layer, name);
-    for (int i = 0; i < n_dims; i++) n *= dims[i];
+    if (layer < 0)
+        snprintf(full, sizeof full, "%s%s", prefix, name);
+    else
+        snprintf(full, sizeof full, "%s%d.%s", prefix, layer, name);
+    for (int i = 0; i < n_dims; i++)
+        n *= dims[i];
     float *values = tiny_values(n, size, seed);
-    for (int i = 0; n_dims == 1 && i < n; i++) values[i] += 1; /* norms lie around 1 */
+    for (int i = 0; n_dims == 1 && i < n; i++)
+        values[i] += 1; /* norms lie around 1 */
     st_put(w, full, "F32", n_dims, dims, values, (size_t)n * sizeof *values);
     free(values);
 }
 
-static inline void tiny_path(char *out, const char *folder, const char *name) { snprintf(out, PATH_MAX, "%s/%s", folder, name); }
+static inline void tiny_path(char *out, const char *folder, const char *name) {
+    snprintf(out, PATH_MAX, "%s/%s", folder, name);
+}
 
 static inline struct bytes tiny_base(void) {
-    enum { E = TINY_HIDDEN, Q = TINY_HEADS * TINY_HEAD_DIM, KV = TINY_KV_HEADS * TINY_HEAD_DIM, F = TINY_FFN, V = TINY_VOCAB };
+    enum {
+        E = TINY_HIDDEN,
+        Q = TINY_HEADS * TINY_HEAD_DIM,
+        KV = TINY_KV_HEADS * TINY_HEAD_DIM,
+        F = TINY_FFN,
+        V = TINY_VOCAB
+    };
     struct st_writer w = {0};
     uint32_t seed = 1;
     tiny_put(&w, "model.", -1, "embed_tokens.weight", 2, (int[]){V, E}, 1, &seed);
@@ -107,11 +133,19 @@ static inline void tiny_write(const char *folder) {
 }
 
 static inline void tiny_remove(const char *folder) {
-    static const char *const files[] = {"config.json", "urchin.json", "model.safetensors", "hedgehog.safetensors", "tokenizer.json",
-                                        "tokenizer_config.json", "model.safetensors.index.json", "generation_config.json",
-                                        "a.safetensors", "b.safetensors"};
+    static const char *const files[] = {"config.json",
+                                        "urchin.json",
+                                        "model.safetensors",
+                                        "hedgehog.safetensors",
+                                        "tokenizer.json",
+                                        "tokenizer_config.json",
+                                        "model.safetensors.index.json",
+                                        "generation_config.json",
+                                        "a.safetensors",
+                                        "b.safetensors"};
     char path[PATH_MAX];
-    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) tiny_path(path, folder, files[i]), unlink(path);
+    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++)
+        tiny_path(path, folder, files[i]), unlink(path);
     rmdir(folder);
 }
 
