@@ -26,7 +26,7 @@ struct choice {
     struct buffer text; /* whole answers: what there is so far */
     cJSON *logprobs;    /* owned; not yet sent, or whole answers: all.  NULL: none */
     int64_t offset;     /* characters of text before the next token */
-    bool began;         /* a stream's role or echo is out */
+    bool began;         /* a stream's first chunk is out, with the role or the echo */
     bool finished;
     enum finish_reason finish;
     cJSON
@@ -126,6 +126,13 @@ static bool check_part(const struct answer *a, const struct part *p, struct api_
 
 static bool read_parts(struct answer *a, struct api_error *e) {
     struct api_request *r = &a->request;
+    int slots = model_info(a->served->model)->n_slots;
+    if (r->generate.best_of > slots) {
+        const char *name = r->generate.best_of > r->generate.n ? "best_of" : "n";
+        return api_fail(e, 400, "integer_above_max_value", name,
+                        "'%s' is %d, but only %d sequences fit on this server.", name,
+                        r->generate.best_of, slots);
+    }
     const struct sampling *s = &r->generate.sampling;
     for (int i = 0; i < s->n_bias; i++)
         if (!check_ids(a, &s->bias[i].token, 1, "logit_bias", e)) return false;
@@ -192,8 +199,6 @@ bool answer_new(struct answer **out, struct served *served, struct api_request *
                         request->model, served->name);
     struct answer *a = calloc(1, sizeof *a);
     if (!a) return api_out_of_memory(e);
-    struct sched_stats stats;
-    sched_stats(served->sched, &stats);
     a->served = served;
     a->request = *request;
     a->notify = notify;
@@ -201,8 +206,7 @@ bool answer_new(struct answer **out, struct served *served, struct api_request *
     a->created = time(NULL);
     make_id(a->id, sizeof a->id, request->chat ? "chatcmpl-" : "cmpl-");
     a->n_parts = request->chat ? 1 : request->n_prompts;
-    a->at_once = (size_t)stats.slots / (size_t)request->generate.best_of;
-    if (a->at_once == 0) a->at_once = 1; /* the scheduler says what is wrong with it */
+    a->at_once = (size_t)(model_info(served->model)->n_slots / request->generate.best_of);
     a->parts = calloc(a->n_parts, sizeof *a->parts);
     a->choices = calloc(a->n_parts * (size_t)request->generate.n, sizeof *a->choices);
     if (!request->has_seed) {
@@ -343,22 +347,29 @@ static void stream_chat(struct answer *a, size_t index, const char *text, size_t
     if (c->finished) send_delta(a, index, NULL, "", 0, true);
 }
 
-static void stream_completion(struct answer *a, size_t index, const char *text, size_t len) {
-    struct choice *c = &a->choices[index];
+/* The text as JSON, after the prompt when that is to be repeated. */
+static cJSON *text_after_echo(const struct answer *a, size_t index, const char *text, size_t len) {
     const char *echo = a->parts[index / (size_t)a->request.generate.n].echo;
     struct buffer whole = {0};
-    if (!c->began && echo) buffer_append(&whole, echo, strlen(echo));
-    c->began = true;
+    if (!echo) return json_text(text, len);
+    buffer_append(&whole, echo, strlen(echo));
     buffer_append(&whole, text, len);
-    if (whole.len || c->logprobs || c->finished) {
-        cJSON *item = cJSON_CreateObject();
-        json_add(item, "index", cJSON_CreateNumber((double)index));
-        json_add(item, "text", json_text(whole.bytes ? whole.bytes : "", whole.len));
-        add_logprobs(item, c);
-        add_finish(item, c);
-        send_choice(a, item);
-    }
+    cJSON *item = whole.failed ? NULL : json_text(whole.bytes ? whole.bytes : "", whole.len);
     buffer_free(&whole);
+    return item;
+}
+
+static void stream_completion(struct answer *a, size_t index, const char *text, size_t len) {
+    struct choice *c = &a->choices[index];
+    bool echo = a->request.echo && !c->began;
+    if (!len && !echo && !c->logprobs && !c->finished) return;
+    cJSON *item = cJSON_CreateObject();
+    json_add(item, "index", cJSON_CreateNumber((double)index));
+    json_add(item, "text", echo ? text_after_echo(a, index, text, len) : json_text(text, len));
+    add_logprobs(item, c);
+    add_finish(item, c);
+    send_choice(a, item);
+    c->began = true;
 }
 
 static void finish_stream(struct answer *a) {
@@ -416,8 +427,12 @@ static void take_logprobs(struct answer *a, struct choice *c, const struct sched
     }
 }
 
-static void take_finish(struct answer *a, struct choice *c, const struct sched_event *ev) {
+static void take_finish(struct answer *a, size_t index, const struct sched_event *ev) {
     const struct sched_request *g = &a->request.generate;
+    struct choice *c = &a->choices[index];
+    if (a->served->log_prompts)
+        log_event(LOG_INFO, "answer", "id=%s index=%zu text=%.*s", a->id, index, (int)c->text.len,
+                  c->text.bytes ? c->text.bytes : "");
     c->finished = true;
     c->finish = ev->finish;
     if (ev->stop_string) c->stop_reason = json_text(ev->stop_string, strlen(ev->stop_string));
@@ -443,20 +458,14 @@ static void take_event(struct answer *a, size_t part, const struct sched_event *
     }
     size_t index = part * (size_t)a->request.generate.n + (size_t)ev->choice;
     struct choice *c = &a->choices[index];
-    if (a->request.echo && !c->began && !c->offset)
-        c->offset = count_characters(a->parts[part].echo);
     take_logprobs(a, c, ev);
-    if (ev->finish != FINISH_NONE) take_finish(a, c, ev);
-    if (!a->request.stream) {
-        const char *echo = a->parts[part].echo;
-        if (!c->began && echo) buffer_append(&c->text, echo, strlen(echo));
-        c->began = true;
+    if (!a->request.stream || a->served->log_prompts)
         buffer_append(&c->text, ev->text, ev->text_len);
-    } else if (a->request.chat) {
+    if (ev->finish != FINISH_NONE) take_finish(a, index, ev);
+    if (a->request.stream && a->request.chat)
         stream_chat(a, index, ev->text, ev->text_len);
-    } else {
+    else if (a->request.stream)
         stream_completion(a, index, ev->text, ev->text_len);
-    }
 }
 
 static void end_part(struct answer *a, struct part *p) {
@@ -520,11 +529,8 @@ char *answer_body(struct answer *a) {
     bool failed = false;
     for (size_t i = 0; i < n; i++) {
         struct choice *c = &a->choices[i];
-        cJSON *item = cJSON_CreateObject(),
-              *text = json_text(c->text.bytes ? c->text.bytes : "", c->text.len);
-        if (a->served->log_prompts)
-            log_event(LOG_INFO, "answer", "id=%s index=%zu text=%.*s", a->id, i, (int)c->text.len,
-                      c->text.bytes ? c->text.bytes : "");
+        const char *bytes = c->text.bytes ? c->text.bytes : "";
+        cJSON *item = cJSON_CreateObject(), *text = text_after_echo(a, i, bytes, c->text.len);
         failed = failed || c->text.failed || !text;
         json_add(item, "index", cJSON_CreateNumber((double)i));
         if (a->request.chat) {

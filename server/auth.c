@@ -75,7 +75,3 @@ bool auth_allows(const struct auth *a, const char *authorization, const char *x_
         return true;
     return x_api_key && known(a, x_api_key);
 }
-
-bool auth_required(const struct auth *a) {
-    return a->required;
-}

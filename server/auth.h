@@ -15,6 +15,5 @@ void auth_free(struct auth *auth);
 /* authorization: the header "Authorization" ("Bearer KEY"), x_api_key: "X-Api-Key"; NULL when
  * absent.  Takes the same time whatever part of a key is right. */
 bool auth_allows(const struct auth *auth, const char *authorization, const char *x_api_key);
-bool auth_required(const struct auth *auth);
 
 #endif

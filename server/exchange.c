@@ -312,7 +312,7 @@ static enum MHD_Result take_head(struct exchange *x) {
 
 static enum MHD_Result take_body(struct exchange *x, const char *bytes, size_t n) {
     size_t limit = (size_t)x->http->settings->body_limit_kb * 1024;
-    http_request_bytes(x->http, x->connection, n);
+    http_request_bytes(x->connection, n);
     x->body_bytes += n;
     if (x->body_bytes > limit && !x->error.status)
         api_fail(&x->error, 413, "body_too_large", NULL,
@@ -344,7 +344,7 @@ enum MHD_Result exchange_handle(void *cls, struct MHD_Connection *connection, co
         return take_body(x, upload_data, n);
     }
     if (x->answer) return reply_answer(x);
-    http_request_whole(h, connection);
+    http_request_whole(connection);
     if (x->body.failed) api_out_of_memory(&x->error);
     if (x->error.status) return exchange_reply_error(x, &x->error);
     if (!x->route) /* OPTIONS */

@@ -71,24 +71,24 @@ static void set_deadline(struct MHD_Connection *mhd, double deadline) {
     if (c) c->deadline = deadline;
 }
 
-void http_request_bytes(struct http *h, struct MHD_Connection *mhd, size_t n) {
+void http_request_bytes(struct MHD_Connection *mhd, size_t n) {
     struct connection *c = connection_of(mhd);
-    (void)h;
     if (c && c->deadline > 0) c->deadline += (double)n / BYTES_PER_SECOND;
 }
 
-void http_request_whole(struct http *h, struct MHD_Connection *mhd) {
-    (void)h;
+void http_request_whole(struct MHD_Connection *mhd) {
     set_deadline(mhd, 0);
 }
 
-/* libmicrohttpd 0.9.75 misses the end of a stream that comes together with the last bytes: edge-triggered, it stops at a short read. */
+/* libmicrohttpd 0.9.75 misses the end of a stream that comes together with the last bytes:
+ * edge-triggered, it stops at a short read. */
 static bool has_ended(int fd) {
     char byte;
     return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0;
 }
 
-/* Cuts those who owe the rest of a request and are too slow or gone; libmicrohttpd then sees a hang-up and cleans up. */
+/* Cuts those who owe the rest of a request and are too slow or gone; libmicrohttpd then sees a
+ * hang-up and cleans up. */
 static void sweep(struct http *h) {
     double now = http_now();
     for (struct connection *c = h->connections; c; c = c->next)
@@ -307,11 +307,21 @@ void http_run(struct http *h, void (*on_ready)(void *arg), void *arg) {
     }
 }
 
+static bool any_suspended(const struct http *h) {
+    for (const struct exchange *x = h->exchanges; x; x = x->next)
+        if (x->suspended) return true;
+    return false;
+}
+
 void http_close(struct http *h) {
     if (h->daemon) {
-        for (struct exchange *x = h->exchanges; x; x = x->next)
-            exchange_abandon(x);
-        MHD_run(h->daemon); /* libmicrohttpd must have no suspended connection when it stops */
+        if (!h->draining) stop_accepting(h);
+        do { /* libmicrohttpd must have no suspended connection when it stops; a request just being
+                read may become one */
+            for (struct exchange *x = h->exchanges; x; x = x->next)
+                exchange_abandon(x);
+            MHD_run(h->daemon);
+        } while (any_suspended(h));
         MHD_stop_daemon(h->daemon);
     }
     if (h->signal_fd >= 0) close(h->signal_fd);

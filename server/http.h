@@ -63,8 +63,7 @@ void http_exchange_ends(struct http *h, struct exchange *x);
 enum err http_watch(struct http *h,
                     struct exchange *x); /* tells exchange_abandon when the client leaves */
 void http_unwatch(struct http *h, struct exchange *x);
-void http_request_bytes(struct http *h, struct MHD_Connection *c, size_t n); /* n more of a body */
-void http_request_whole(struct http *h,
-                        struct MHD_Connection *c); /* no deadline until the response is out */
+void http_request_bytes(struct MHD_Connection *c, size_t n); /* n more of a body */
+void http_request_whole(struct MHD_Connection *c); /* no deadline until the response is out */
 
 #endif

@@ -75,8 +75,9 @@ static int run_command(struct settings *s) {
 }
 
 int main(int argc, char **argv) {
-    struct settings settings;
-    bool help;
+    static struct settings
+        settings; /* a signal may end the server while its model is being loaded: */
+    bool help;    /* settings, path and team last until the process ends */
     char msg[1024];
     if (settings_load(&settings, argc - 1, argv + 1, &help, msg, sizeof msg) != OK) {
         fprintf(stderr, "urchin: %s\n", msg);
@@ -94,6 +95,5 @@ int main(int argc, char **argv) {
         limit_isa(&settings);
         status = run_command(&settings);
     }
-    settings_free(&settings);
     return status;
 }

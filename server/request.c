@@ -207,9 +207,11 @@ static bool refuse_unsupported(const struct json *body, struct api_error *e) {
 
 static bool get_common(struct api_request *r, const struct json *body, struct api_error *e) {
     struct sched_request *g = &r->generate;
+    const char *user; /* of no use here */
     bool skip_special = true;
     int64_t n = 1;
-    if (!field_string(body, "model", &r->model, e) || !field_int(body, "n", 1, MAX_N, &n, e) ||
+    if (!field_string(body, "model", &r->model, e) || !field_string(body, "user", &user, e) ||
+        !field_int(body, "n", 1, MAX_N, &n, e) ||
         !field_int(body, "min_tokens", 0, MAX_COUNT, &g->min_tokens, e) ||
         !field_bool(body, "ignore_eos", &g->ignore_eos, e) ||
         !field_bool(body, "include_stop_str_in_output", &g->include_stop, e) ||

@@ -23,7 +23,7 @@ def tests():
 def main():
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    harness.BINARY = os.path.abspath(sys.argv[1])
+    harness.use(sys.argv[1])
     words, counts = sys.argv[2:], {"passed": 0, "failed": 0, "skipped": 0}
     shared = None  # tests that take a server share one a module, with default settings
     for module, name, function in tests():

@@ -136,8 +136,9 @@ def test_unknown_paths_and_methods(s):
 
 def test_more_sequences_than_slots_are_refused():
     with Server("--max-seqs", "2") as s:
-        e = refused(s, C, {"prompt": "x", "n": 3})
+        e = refused(s, C, {"prompt": "x", "n": 3}, param="n")
         assert "3" in e["message"] and "2" in e["message"], e
+        refused(s, C, {"prompt": "x", "n": 2, "best_of": 3}, param="best_of")
 
 
 def test_a_model_with_a_length_limit_says_context_length_exceeded():

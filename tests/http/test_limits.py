@@ -7,7 +7,7 @@ import threading
 import time
 
 import harness
-from harness import NAME, PATIENCE, Server, endless, events, post_bytes, read_all, read_some, read_until
+from harness import Server, endless, post_bytes, read_all, read_some, read_until
 
 
 # ---- keys and browsers ----
@@ -120,7 +120,7 @@ def test_slow_heads_and_bodies_are_cut_and_hold_nobody_up():
         for head, drop in drips:
             with s.raw(head) as sock:
                 start, ended = time.monotonic(), False
-                while time.monotonic() - start < 6 * PATIENCE and not ended:
+                while time.monotonic() - start < 6 * harness.PATIENCE and not ended:
                     try:
                         sock.sendall(drop)  # never silent for as long as the timeout
                         sock.settimeout(0.2)
@@ -156,8 +156,8 @@ def test_a_reader_that_stops_pauses_its_own_sequence_only():
             time.sleep(0.2)
             assert s.metric("generation_tokens_total") <= tokens + 60, "the paused sequence went on"
             assert s.memory() - memory < 2 << 20
-            got = read_some(lazy, 2_000_000)  # it reads again: everything is there, in order
-            assert len(got) >= 2_000_000 and got.count(b"data: ") > 1000
+            got = read_some(lazy, 600_000)  # it reads again: everything is there, in order
+            assert len(got) >= 600_000 and got.count(b"data: ") > 1000
         s.until(lambda: s.metric("num_requests_running") == 0)
 
 
@@ -165,8 +165,9 @@ def test_a_stalled_reader_is_closed_after_the_idle_timeout():
     with Server("--output-limit", "16K", "--idle-timeout", "2") as s:
         with s.raw(endless(), rcvbuf=4096) as lazy:
             read_some(lazy)
-            s.until(lambda: s.metric("slots_paused") == 1, 30)
-            s.until(lambda: s.metric("num_requests_running") == 0, 8)
+            assert s.metric("num_requests_running") == 1
+            s.until(lambda: s.metric("num_requests_running") == 0, 30)
+            assert b"[DONE]" not in read_all(lazy)
 
 
 # ---- clients that leave ----
@@ -185,7 +186,7 @@ def test_a_client_that_leaves_frees_its_slot_at_once(s):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             sock.close()
             took = s.until(lambda: s.metric("num_requests_running") == 0 and s.metric("slots_used") == 0)
-            assert took < 0.2 * PATIENCE, f"{kind}: {took:.3f} s"
+            assert took < 0.2 * harness.PATIENCE, f"{kind}: {took:.3f} s"
             assert s.metric("request_success_total") > before
 
 
@@ -256,7 +257,13 @@ def test_ten_times_too_many_clients_all_get_an_answer():
 
 # ---- a thousand streams ----
 
+def needs_true_memory():
+    if harness.SANITIZED:
+        raise harness.Skip("a sanitizer keeps memory of its own")
+
+
 def test_a_thousand_idle_streams_cost_less_than_20_kb_each():
+    needs_true_memory()
     with Server("--max-seqs", "1", "--max-queue", "1100", "--max-connections", "1200") as s:
         first = s.raw(endless())
         read_some(first)
@@ -277,6 +284,7 @@ def test_a_thousand_idle_streams_cost_less_than_20_kb_each():
 
 
 def test_a_thousand_idle_keep_alive_connections_cost_less_than_20_kb_each():
+    needs_true_memory()
     with Server("--max-connections", "1200") as s:
         s.complete()
         before, held = s.memory(), []
@@ -307,12 +315,25 @@ def test_an_idle_server_uses_no_cpu(s):
 
 # ---- start and end ----
 
-def test_requests_while_loading_are_503_and_health_says_so():
-    model = "models/smollm2-135m-hedgehog"
+def big_model():
     base = os.path.expanduser("~/.cache/urchin/SmolLM2-135M-Instruct.Q4_1.gguf")
     if not os.path.exists(base):
         raise harness.Skip("the default model's base is not here")
-    with Server("--max-seqs", "1", model=model, wait=False) as s:
+    return "models/smollm2-135m-hedgehog"
+
+
+def test_a_signal_while_loading_ends_the_server_at_once():
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with Server("--max-seqs", "1", model=big_model(), wait=False) as s:
+            s.port_from_log()
+            s.process.send_signal(number)
+            assert s.process.wait(1 * harness.PATIENCE) == 0
+
+
+def test_requests_while_loading_are_503_and_health_says_so():
+    if harness.SANITIZED:
+        raise harness.Skip("loading takes minutes under a sanitizer")
+    with Server("--max-seqs", "1", model=big_model(), wait=False) as s:
         s.port_from_log()
         r = s.get("/health")
         assert r.status == 503 and r.error()["code"] == "loading"
@@ -344,7 +365,7 @@ def test_a_port_in_use_ends_the_server_with_a_sentence():
 
 def test_sigterm_finishes_what_runs_and_takes_nothing_new():
     with Server("--drain-timeout", "30") as s:
-        sock = s.raw(endless(max_tokens=3000))
+        sock = s.raw(endless(max_tokens=800))
         read_some(sock)
         idle = s.connect()
         idle.request("GET", "/health")
@@ -369,7 +390,7 @@ def test_the_drain_timeout_cuts_what_takes_longer():
         start = time.monotonic()
         read_all(sock)
         assert s.process.wait(10) == 0
-        assert 0.3 < time.monotonic() - start < 3 * PATIENCE
+        assert 0.3 < time.monotonic() - start < 3 * harness.PATIENCE
 
 
 def test_sighup_and_a_second_sigterm_end_at_once():
@@ -380,7 +401,7 @@ def test_sighup_and_a_second_sigterm_end_at_once():
             for number in signals:
                 s.process.send_signal(number)
                 time.sleep(0.1)
-            assert s.process.wait(5 * PATIENCE) == 0
+            assert s.process.wait(5 * harness.PATIENCE) == 0
             for sock in socks:
                 sock.close()
 
@@ -390,15 +411,17 @@ def test_an_idle_server_ends_at_once_on_sigterm(s):
         other.process.send_signal(signal.SIGTERM)
         start = time.monotonic()
         assert other.process.wait(5) == 0
-        assert time.monotonic() - start < 1 * PATIENCE
+        assert time.monotonic() - start < 1 * harness.PATIENCE
 
 
 def test_prompts_and_answers_are_not_logged_unless_asked(s):
     s.complete("Once upon a secret", max_tokens=5)
     assert "secret" not in s.errors()
     with Server("--log-prompts") as other:
-        other.complete("Once upon a secret", max_tokens=5)
-        assert "secret" in other.errors()
+        text = other.complete("Once upon a secret", max_tokens=5)["choices"][0]["text"]
+        assert "secret" in other.errors() and other.errors().count(text) == 1
+        other.stream("/v1/completions", {"prompt": "Once upon a secret", "max_tokens": 5, "temperature": 0})
+        assert other.errors().count(text) == 2
 
 
 def test_log_format_json_is_json_a_line():
