@@ -91,7 +91,7 @@ size_t matrix_bytes(const struct matrix *w) {
 }
 
 static float clamp_fp16(float x) {
-    return fminf(fmaxf(x, -65504.0f), 65504.0f);
+    return x < -65504 ? -65504 : x > 65504 ? 65504 : x;
 }
 
 static int round_clamped(float x, int lo, int hi) {
@@ -140,15 +140,16 @@ static struct int4_grid int4_quantise(uint8_t q[BLOCK], const float *w, int n) {
     memset(q, 0, BLOCK);
     for (int k = 0; k < n; k++) {
         if (!isfinite(w[k])) return (struct int4_grid){fp16_round(NAN), fp16_round(NAN)};
-        lo = fminf(lo, w[k]);
-        hi = fmaxf(hi, w[k]);
+        if (w[k] < lo) lo = w[k];
+        if (w[k] > hi) hi = w[k];
     }
-    for (int steps = 15; steps > 0; steps--) {
+    uint16_t lo16 = fp16_round(lo), hi16 = fp16_round(hi);
+    bool from_lo = fp16_float(lo16) == lo, from_hi = fp16_float(hi16) == hi;
+    for (int steps = 15; steps > 0 && (from_lo || from_hi); steps--) {
         uint16_t s = fp16_round(clamp_fp16((hi - lo) / (float)steps));
-        struct int4_grid up = {s, fp16_round(clamp_fp16(lo))};
-        if (int4_quantise_with(q, up, w, n, true)) return up;
-        struct int4_grid down = {s ^ 0x8000, fp16_round(clamp_fp16(hi))};
-        if (int4_quantise_with(q, down, w, n, true)) return down;
+        struct int4_grid up = {s, lo16}, down = {s ^ 0x8000, hi16};
+        if (from_lo && int4_quantise_with(q, up, w, n, true)) return up;
+        if (from_hi && int4_quantise_with(q, down, w, n, true)) return down;
     }
     struct int4_grid grid = {fp16_round(clamp_fp16((hi - lo) / 15)), fp16_round(clamp_fp16(lo))};
     int4_quantise_with(q, grid, w, n, false);

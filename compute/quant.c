@@ -11,7 +11,7 @@ struct format {
     const char *name;
     int block_size;
     size_t block_bytes;
-    void (*decode)(float *out, const uint8_t *block); /* one block */
+    void (*decode)(float *out, const uint8_t *block); /* one block; NULL: plain floats */
 };
 
 static uint16_t u16_at(const uint8_t *p) {
@@ -22,17 +22,6 @@ static uint32_t u32_at(const uint8_t *p) {
 }
 static float half_at(const uint8_t *p) {
     return fp16_float(u16_at(p));
-}
-
-static void f32(float *out, const uint8_t *b) {
-    uint32_t u = u32_at(b);
-    memcpy(out, &u, sizeof u);
-}
-static void f16(float *out, const uint8_t *b) {
-    *out = half_at(b);
-}
-static void bf16(float *out, const uint8_t *b) {
-    *out = bf16_float(u16_at(b));
 }
 
 /* 32 values: byte j holds value j in its low nibble and value j + 16 in its high one. */
@@ -121,22 +110,25 @@ static void q5_k(float *out,
  * more bits of group g are at bit 2 g of 32 bytes of `high`. */
 static void q6_k(float *out, const uint8_t *b) {
     float d = half_at(b + 208);
-    for (int i = 0; i < 256; i++) {
-        int half = i / 128, group = i % 128 / 32, j = i % 32;
-        int low = b[half * 64 + group % 2 * 32 + j] >> group / 2 * 4 & 15;
-        int high = b[128 + half * 32 + j] >> group * 2 & 3;
+    for (int i = 0; i < 256; i += 16) {
+        int half = i / 128, group = i % 128 / 32;
+        const uint8_t *low = b + half * 64 + group % 2 * 32 + i % 32;
+        const uint8_t *high = b + 128 + half * 32 + i % 32;
         float s = d * (float)(int8_t)b[192 + i / 16];
-        out[i] = s * (float)((low | high << 4) - 32);
+        for (int j = 0; j < 16; j++) {
+            int q = (low[j] >> group / 2 * 4 & 15) | (high[j] >> group * 2 & 3) << 4;
+            out[i + j] = s * (float)(q - 32);
+        }
     }
 }
 
 static const struct format formats[] = {
-    [QUANT_F32] = {"F32", 1, 4, f32},        [QUANT_F16] = {"F16", 1, 2, f16},
+    [QUANT_F32] = {"F32", 1, 4, NULL},       [QUANT_F16] = {"F16", 1, 2, NULL},
     [QUANT_Q4_0] = {"Q4_0", 32, 18, q4_0},   [QUANT_Q4_1] = {"Q4_1", 32, 20, q4_1},
     [QUANT_Q5_0] = {"Q5_0", 32, 22, q5_0},   [QUANT_Q5_1] = {"Q5_1", 32, 24, q5_1},
     [QUANT_Q8_0] = {"Q8_0", 32, 34, q8_0},   [QUANT_Q4_K] = {"Q4_K", 256, 144, q4_k},
     [QUANT_Q5_K] = {"Q5_K", 256, 176, q5_k}, [QUANT_Q6_K] = {"Q6_K", 256, 210, q6_k},
-    [QUANT_BF16] = {"BF16", 1, 2, bf16},
+    [QUANT_BF16] = {"BF16", 1, 2, NULL},
 };
 
 static const struct format *find(uint32_t type) {
@@ -156,7 +148,24 @@ size_t quant_block_bytes(uint32_t type) {
 
 void quant_decode(float *out, uint32_t type, const void *src, size_t n) {
     const struct format *f = find(type);
-    const uint8_t *block = src;
-    for (size_t i = 0; i < n; i += (size_t)f->block_size, block += f->block_bytes)
-        f->decode(out + i, block);
+    const uint8_t *p = src;
+    switch (type) {
+    case QUANT_F32:
+        for (size_t i = 0; i < n; i++) {
+            uint32_t bits = u32_at(p + 4 * i);
+            memcpy(&out[i], &bits, sizeof bits);
+        }
+        break;
+    case QUANT_F16:
+        for (size_t i = 0; i < n; i++)
+            out[i] = half_at(p + 2 * i);
+        break;
+    case QUANT_BF16:
+        for (size_t i = 0; i < n; i++)
+            out[i] = bf16_float(u16_at(p + 2 * i));
+        break;
+    default:
+        for (size_t i = 0; i < n; i += (size_t)f->block_size, p += f->block_bytes)
+            f->decode(out + i, p);
+    }
 }
