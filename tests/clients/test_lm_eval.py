@@ -20,7 +20,7 @@ doc_to_text: "{{context}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{label}}"
 target_delimiter: ""
-metric_list: [{metric: acc}]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 
 
@@ -30,14 +30,14 @@ def post(path, body):
         return json.load(answer)
 
 
-def generated(context):
-    """What the model itself goes on with: its text and the log-probability it gave it while generating."""
-    choice = post("/v1/completions", {"model": MODEL, "prompt": context, "max_tokens": N, "temperature": 0, "logprobs": 1})["choices"][0]
-    return choice["text"], sum(choice["logprobs"]["token_logprobs"])
-
-
 def ids(text):
     return post("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+
+
+def generated(context):
+    """What the model itself goes on with: its text and the log-probability it gave it while generating."""
+    choice = post("/v1/completions", {"model": MODEL, "prompt": ids(context), "max_tokens": N, "temperature": 0, "logprobs": 1})["choices"][0]
+    return choice["text"], sum(choice["logprobs"]["token_logprobs"])
 
 
 def test_loglikelihoods_are_those_of_generation():
