@@ -13,7 +13,8 @@
  * arXiv:2410.10254 eq. 7 (mixing, terraced window), LoLA arXiv:2505.23666 (recall cache).  Where we differ: docs/architecture.md.
  *
  * One code path serves prefill and decode.  A row's result depends on its sequence's tokens alone: never on
- * how a prompt is cut, on neighbours, slot or number of threads, to the bit.
+ * how a prompt is cut, on neighbours, slot or number of threads, to the bit.  One owner at a time: none of these functions runs beside
+ * another of the same struct attention (they share its scratch).
  *
  * A slot is one contiguous block of attention_slot_bytes(): first the part that is the sequence (attention_state_bytes():
  * header, S, z, exact keys and values, cache positions), then copies derived from it (rotated keys). */

@@ -40,8 +40,8 @@ struct slot_header { /* the first 64 bytes of a slot and of a saved state */
 struct memory {
     float *state; /* [state heads of the group] of state_floats: S [F][lanes], z [phi_lanes] */
     void *keys;   /* k' (map_position rope: k) in tiles, as the maps see it */
-    void *turned; /* the same rotated to each key's position, or as it is once clamped; == keys
-                     where nothing differs */
+    void *turned; /* what rows score: k' rotated to its position, as it is once clamped; may be keys
+                   */
     void *values; /* [entries][lanes] */
     int64_t *positions; /* [cache] ascending, then -1 */
     float *scores;      /* [cache + w] self-recall errors of the candidates of block *scored */
@@ -69,11 +69,10 @@ struct attention {
     struct attention_config config;
     struct shape shape;
     struct layout layout;
-    int n_layers, group; /* query heads of a kv head */
-    int state_heads;     /* states of a kv head: 1, or group */
-    struct attention_weights
-        *weights; /* [n_layers]; maps point into padded where f is no multiple of 16 */
-    float *padded;
+    int n_layers, group;               /* query heads of a kv head */
+    int state_heads;                   /* states of a kv head: 1, or group */
+    struct attention_weights *weights; /* [n_layers] */
+    float *padded; /* copies of maps whose f is no multiple of 16; weights then points here */
     const struct rope *rope;
     struct team *team;
     const struct attention_kernels *kernels;
@@ -116,10 +115,12 @@ struct memory memory_of(const struct attention *a, const void *slot, int layer, 
 /* ---- memory.c ---- */
 /* Keys that left the exact set by the time the row at this position is answered. */
 int64_t memory_folded(const struct attention *a, int64_t position);
-int memory_cached(const struct attention *a,
-                  const struct memory *m); /* places of the cache in use */
+/* Places of the cache in use. */
+int memory_cached(const struct attention *a, const struct memory *m);
+/* The position of the key at an entry in use, as of the row at position. */
 int64_t memory_entry_position(const struct attention *a, const struct memory *m, int entry,
                               int64_t position);
+/* Does a sink or cached key count as exactly max_distance behind for the row at position? */
 bool memory_clamped(const struct attention *a, int64_t key, int64_t position);
 /* The segment's keys and values of one kv head enter the memory; a block that begins folds and
  * chooses first. */

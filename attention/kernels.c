@@ -36,13 +36,14 @@ V_FN v16 load(const void *p, enum kv_type type, size_t element) {
     return v16_load((const float *)p + element);
 }
 
-/* How many rows and vectors are summed side by side: as many as fit the registers. */
-#if V_PARTS == 1
-enum { ROWS = 4, VECS = 4 };
+/* How many rows and vectors are summed side by side: as many as fit the registers.  (Instrumented
+ * code is slow anyhow, and gcc 12 takes half a minute over the big tiles.) */
+#if V_PARTS == 4 || defined(__SANITIZE_ADDRESS__)
+enum { ROWS = 2, VECS = 1 };
 #elif V_PARTS == 2
 enum { ROWS = 4, VECS = 1 };
 #else
-enum { ROWS = 2, VECS = 1 };
+enum { ROWS = 4, VECS = 4 };
 #endif
 
 V_FN void block(const int rows, const int vecs, const enum kv_type type, float *y, size_t y_row,
@@ -300,8 +301,10 @@ static void keep_largest(bool *keep, double *score, int n, int count) {
     for (int j = 0; j < n; j++) {
         if (keep[j]) continue;
         int64_t before = 0;
-        for (int i = 0; i < j; i++) before += score[i] >= score[j];
-        for (int i = j + 1; i < n; i++) before += score[i] > score[j];
+        for (int i = 0; i < j; i++)
+            before += score[i] >= score[j];
+        for (int i = j + 1; i < n; i++)
+            before += score[i] > score[j];
         keep[j] = before < count;
     }
 }
@@ -477,13 +480,6 @@ static void answer(const struct shape *s, const struct question *ask,
 
 /* ---- entries ---- */
 
-static float round_to(enum kv_type type, float x) {
-    return type == KV_BF16 ? bf16_float(bf16_round(x)) : x;
-}
-static float round_value(const struct shape *s, float x) {
-    return round_to(s->kv_type, x);
-}
-
 static size_t column(const struct shape *s, int entry) {
     return (size_t)(entry / TILE) * s->head_dim * TILE + (size_t)(entry % TILE);
 }
@@ -535,5 +531,4 @@ const struct attention_kernels TABLE_OF(ISA) = {
     .read_key = read_key,
     .write_value = write_value,
     .read_value = read_value,
-    .round = round_value,
 };

@@ -112,7 +112,6 @@ struct attention_kernels {
     void (*read_key)(const struct shape *shape, float *x, const void *keys, int entry);
     void (*write_value)(const struct shape *shape, void *values, int entry, const float *v);
     void (*read_value)(const struct shape *shape, float *v, const void *values, int entry);
-    float (*round)(const struct shape *shape, float x); /* through the stored type and back */
 };
 
 extern const struct attention_kernels attention_kernels_generic;

@@ -46,7 +46,6 @@ int memory_cached(const struct attention *a, const struct memory *m) {
     return n;
 }
 
-/* The position of the key at an entry in use, as of the row at position. */
 int64_t memory_entry_position(const struct attention *a, const struct memory *m, int entry,
                               int64_t position) {
     const struct layout *l = &a->layout;
@@ -60,7 +59,6 @@ int64_t memory_entry_position(const struct attention *a, const struct memory *m,
     return block * w + place % w;
 }
 
-/* Does a sink or cached key count as exactly max_distance behind for the row at position? */
 bool memory_clamped(const struct attention *a, int64_t key, int64_t position) {
     if (!a->config.max_distance) return false;
     int64_t w = a->config.window_size;
@@ -94,7 +92,7 @@ static void move_entry(const struct attention *a, struct memory *m, int to, int 
     memcpy((char *)m->values + (size_t)to * row, (char *)m->values + (size_t)from * row, row);
 }
 
-/* Stores a row's key and value.  The copy that scores is rotated from k' as it was rounded. */
+/* Stores a row's key and value; the rotated copy is made from k' as it was rounded. */
 static void write_entry(const struct layer_job *job, struct memory *m, int entry, int row,
                         int kv_head, struct scratch *tmp) {
     const struct attention *a = job->a;
@@ -179,6 +177,8 @@ static void self_recall(const struct attention *a, int layer, int kv_head, const
         if (isnan(error[j])) error[j] = INFINITY;
 }
 
+/* Most places by error alone, so that facts stay however old they are; then some by error and age.
+ */
 static void choose(const struct attention *a, const int64_t *position, const float *error, int n,
                    int64_t start, bool *keep, double *score) {
     const struct attention_config *c = &a->config;
@@ -241,8 +241,8 @@ static void begin_block(const struct attention *a, int layer, int kv_head, struc
             move_entry(a, m, i, l->sinks + l->cache + i);
     for (int j = 0; j < n; j++)
         if (tmp->keep[j]) {
-            move_entry(a, m, l->sinks + n_kept,
-                       entry[j]); /* never past an entry that is still to move */
+            /* downwards, in ascending order: what is overwritten has moved or is folded */
+            move_entry(a, m, l->sinks + n_kept, entry[j]);
             m->positions[n_kept++] = tmp->position[j];
         }
     for (int i = n_kept; i < l->cache; i++)
@@ -255,8 +255,7 @@ static void begin_block(const struct attention *a, int layer, int kv_head, struc
     }
 }
 
-/* Sliding windows: the key that the row at position pushes out becomes a sink entry or is folded.
- */
+/* Sliding windows: the key pushed out by the row at position becomes a sink entry or is folded. */
 static void leave_window(const struct attention *a, int layer, int kv_head, struct memory *m,
                          int64_t position, struct scratch *tmp) {
     const struct layout *l = &a->layout;
@@ -313,7 +312,7 @@ bool memory_scores_in(const struct attention *a, int layer, const struct segment
     if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED || !c->cache_size)
         return false;
     int64_t w = c->window_size, next = segment->position / w + 1;
-    /* candidates of block next: less than or as many as fit are kept unseen */
+    /* all that ever left the window fit the cache: nothing to choose */
     if ((next - 1) * w - c->sinks <= c->cache_size || imposed_set(a, layer, 0, next)) return false;
     int64_t row = layer * w / a->n_layers - segment->position % w;
     return row >= 0 && row < segment->n_rows;

@@ -55,7 +55,7 @@ static void check_steep(struct attention_config config, double rope_base, bool b
              config.n_heads, config.n_kv_heads, config.head_dim, config.kv_type, rope_base, bias,
              linear);
     struct rig g;
-    rig_open(&g, config, rope_base, N, 2, bias);
+    rig_open(&g, config, rope_base, N, 1, bias);
     attention_set_linear(g.a, linear);
     size_t map = (size_t)config.head_dim * config.features;
     for (int i = 0; i < RIG_LAYERS && steep != 1; i++) {

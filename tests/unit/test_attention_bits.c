@@ -91,7 +91,7 @@ static void expect_same(const struct rig *g, const float *a, const float *b, con
 static void check_cuts(struct attention_config config, int step) {
     enum { N = 300 };
     struct rig g;
-    rig_open(&g, config, 100, N, 2, false);
+    rig_open(&g, config, 100, N, 1, false);
     void *slot = slot_open(&g);
     float *whole = rows_open(&g), *cut = rows_open(&g);
     rig_read(&g, slot, 0, N, whole);

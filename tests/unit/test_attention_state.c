@@ -69,7 +69,7 @@ static void test_saved_and_loaded_or_forked_anywhere_goes_on_with_the_same_bits(
     struct attention_config kinds[6];
     for (int kind = 0, n_kinds = configs(kinds); kind < n_kinds; kind++) {
         struct rig g;
-        rig_open(&g, kinds[kind], 100, N, 2, false);
+        rig_open(&g, kinds[kind], 100, N, 1, false);
         void *slot = slot_open(&g), *other = slot_open(&g);
         float *whole = rows_open(&g), *y = rows_open(&g);
         rig_read(&g, slot, 0, N, whole);
@@ -117,7 +117,7 @@ static void test_a_reused_slot_remembers_nothing(void **state) {
     struct attention_config kinds[6];
     for (int kind = 0, n_kinds = configs(kinds); kind < n_kinds; kind++) {
         struct rig g;
-        rig_open(&g, kinds[kind], 100, N, 2, false);
+        rig_open(&g, kinds[kind], 100, N, 1, false);
         void *fresh = slot_open(&g), *used = slot_open(&g);
         float *want = rows_open(&g), *y = rows_open(&g);
         rig_read(&g, used, 0, N, y);
