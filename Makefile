@@ -24,7 +24,7 @@ ISA_generic = -DISA=generic
 ISA_avx2    = -DISA=avx2 -mavx2 -mfma -mf16c
 ISA_avx512  = -DISA=avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c -mprefer-vector-width=512
 # No contraction: which products and sums are fused is written out (v16_fma), or bits depend on the compiler.
-KERNEL_OPT  = $(if $(SAN),-O1,-O3) -ffp-contract=off -Wno-psabi
+KERNEL_OPT  = -O3 -ffp-contract=off -Wno-psabi
 
 OBJECTS  = $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(MAIN),$(SOURCES))) \
            $(foreach i,$(ISAS),$(patsubst %.c,$(BUILD)/%.$i.o,$(wildcard $(KERNELS))))
