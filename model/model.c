@@ -169,14 +169,16 @@ static enum err fit_context(struct opening *o) {
     struct model *m = o->m;
     size_t share = o->budget / (size_t)(o->options->n_slots ? o->options->n_slots : 1);
     int64_t *rows = &m->info.attention.max_seq_len;
-    enum err e;
-    while (!(e = new_attention(o)) && !o->options->max_seq_len && m->slot_stride > share &&
-           *rows > 1) {
+    enum err e = new_attention(o);
+    while (!o->options->max_seq_len && *rows > 1 &&
+           (e == ERR_NOMEM || (!e && m->slot_stride > share))) {
+        /* at least one fewer, so that it ends whatever a slot holds besides rows */
+        int64_t fewer =
+            e ? *rows / 2 : (int64_t)((double)*rows * (double)share / (double)m->slot_stride);
+        *rows = fewer < 1 ? 1 : fewer < *rows ? fewer : *rows - 1;
         attention_free(m->attention);
         m->attention = NULL;
-        /* at least one fewer, so that it ends whatever a slot holds besides rows */
-        int64_t fewer = (int64_t)((double)*rows * (double)share / (double)m->slot_stride);
-        *rows = fewer < 1 ? 1 : fewer < *rows ? fewer : *rows - 1;
+        e = new_attention(o);
     }
     m->info.max_seq_len = *rows;
     if (!e && !o->options->max_seq_len && *rows < m->config.context)

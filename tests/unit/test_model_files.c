@@ -355,6 +355,20 @@ static void test_a_softmax_cache_shrinks_to_the_budget(void **state) {
     assert_true(model_info(m)->max_seq_len < CHECK_CONTEXT && model_info(m)->max_seq_len > 4);
     assert_true(model_info(m)->slot_bytes <= full / 2);
     model_close(m);
+
+    /* a context that no memory holds, as a file may claim */
+    char config[1024] = "";
+    FILE *file = fopen(in_folder("config.json"), "rb");
+    assert_true(fread(config, 1, sizeof config - 1, file) > 0);
+    fclose(file);
+    char *at = strstr(config, "\"max_position_embeddings\":40");
+    assert_non_null(at);
+    memmove(at + 36, at + 28, strlen(at + 28) + 1); /* 40 makes room for 10^9 */
+    memcpy(at, "\"max_position_embeddings\":1000000000", 36);
+    write_text(in_folder("config.json"), config);
+    m = open_with(&o);
+    assert_true(model_info(m)->context == 1000000000 && model_info(m)->slot_bytes <= full / 2);
+    model_close(m);
 }
 
 /* ---- bounds of a step ---- */
