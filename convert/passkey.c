@@ -19,15 +19,16 @@ enum err passkey_make(struct passkey *out, const struct tokenizer *tokenizer,
     struct passkey p = {.n = length};
     snprintf(p.key, sizeof p.key, "%d", 10000 + (int)(random % 90000));
 
-    char fact[128];
+    char fact[128], answer[16];
+    static const char question[] = "\nWhat is the pass key? The pass key is";
     snprintf(fact, sizeof fact, "\nThe pass key is %s. Remember it. The pass key is %s.\n", p.key,
              p.key);
-    static const char question[] = "\nWhat is the pass key? The pass key is";
-    int32_t *fact_ids = NULL, *question_ids = NULL;
-    size_t n_fact = 0, n_question = 0;
+    snprintf(answer, sizeof answer, " %s", p.key);
+    int32_t *fact_ids = NULL, *question_ids = NULL, *answer_ids = NULL;
+    size_t n_fact = 0, n_question = 0, n_answer = 0;
     enum err err = tokenize(tokenizer, fact, strlen(fact), 0, &fact_ids, &n_fact);
-    if (err == OK)
-        err = tokenize(tokenizer, question, strlen(question), 0, &question_ids, &n_question);
+    if (!err) err = tokenize(tokenizer, question, strlen(question), 0, &question_ids, &n_question);
+    if (!err) err = tokenize(tokenizer, answer, strlen(answer), 0, &answer_ids, &n_answer);
     if (err) goto done;
 
     int64_t bos = filler->bos >= 0;
@@ -38,7 +39,8 @@ enum err passkey_make(struct passkey *out, const struct tokenizer *tokenizer,
                       (long long)length, (long long)n_fill, (long long)filler->n);
         goto done;
     }
-    p.ids = malloc((size_t)length * sizeof *p.ids);
+    p.n_answer = (int)n_answer;
+    p.ids = malloc(((size_t)length + n_answer) * sizeof *p.ids);
     if (!p.ids) {
         err = err_set(msg, msg_len, ERR_NOMEM, "out of memory");
         goto done;
@@ -52,44 +54,34 @@ enum err passkey_make(struct passkey *out, const struct tokenizer *tokenizer,
     memcpy(to += before, fact_ids, n_fact * sizeof *to);
     memcpy(to += n_fact, fill + before, after * sizeof *to);
     memcpy(to += after, question_ids, n_question * sizeof *to);
+    memcpy(to + n_question, answer_ids, n_answer * sizeof *to);
     *out = p;
 done:
     free(fact_ids);
     free(question_ids);
+    free(answer_ids);
     return err;
-}
-
-int passkey_digits_right(const char *key, const char *answer, size_t len) {
-    while (len && *answer == ' ')
-        answer++, len--;
-    int right = 0;
-    for (size_t d = 0; d < PASSKEY_DIGITS && d < len; d++)
-        right += answer[d] == key[d];
-    return right;
 }
 
 enum err passkey_ask(int *right, struct reader *reader, const struct passkey *passkey, char *msg,
                      size_t msg_len) {
-    /* A token holds at least one digit, but a space may stand alone before them. */
-    enum { MOST_TOKENS = PASSKEY_DIGITS + 1 };
     int vocab_size = model_info(reader->model)->vocab_size;
-    const struct tokenizer *tokenizer = model_tokenizer(reader->model);
-    char answer[256];
-    size_t len = 0;
+    const int32_t *answer = passkey->ids + passkey->n;
     const float *logits;
     model_slot_clear(reader->model, reader->slot);
-    enum err err = reader_feed(reader, passkey->ids, passkey->n, 1, &logits, msg, msg_len);
-    for (int i = 0; i < MOST_TOKENS && err == OK; i++) {
+    enum err err = reader_feed(reader, passkey->ids, passkey->n + passkey->n_answer - 1,
+                               passkey->n_answer, &logits, msg, msg_len);
+    if (err) return err;
+    *right = 0;
+    for (int i = 0; i < passkey->n_answer; i++, logits += vocab_size) {
         int32_t best = 0;
         for (int32_t t = 1; t < vocab_size; t++)
             if (logits[t] > logits[best]) best = t;
+        if (best != answer[i]) continue;
         size_t n;
-        const char *bytes = token_bytes(tokenizer, best, false, &n);
-        if (n > sizeof answer - len) n = sizeof answer - len;
-        memcpy(answer + len, bytes, n);
-        len += n;
-        if (i + 1 < MOST_TOKENS) err = reader_feed(reader, &best, 1, 1, &logits, msg, msg_len);
+        const char *bytes = token_bytes(model_tokenizer(reader->model), best, false, &n);
+        for (size_t b = 0; b < n; b++)
+            *right += bytes[b] >= '0' && bytes[b] <= '9';
     }
-    if (err == OK) *right = passkey_digits_right(passkey->key, answer, len);
-    return err;
+    return OK;
 }

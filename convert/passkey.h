@@ -1,20 +1,22 @@
 /* passkey.h - can a model repeat a number it read far back?
  *
  * After Mohtashami and Jaggi 2023, arXiv:2305.16300, section 4.2, with real text in place of their
- * filler, and the fact said twice in the same words: said theirs, "48213 is the pass key", small
- * base models themselves answered in words instead of digits.
- * A prompt of exactly `length` tokens, BOS included where the tokenizer adds one:
+ * filler.  A prompt of exactly `length` tokens, BOS included where the tokenizer adds one, and its
+ * answer:
  *
  *   text
  *   "\nThe pass key is 48213. Remember it. The pass key is 48213.\n"
  *   text
  *   "\nWhat is the pass key? The pass key is"
+ *                                            " 48213"
  *
  * The text is a run of consecutive tokens of the filler from a random place; in try i of n the
- * key's sentence stands after the share (2 i + 1) / 2 n of it, so the tries cover all depths evenly.
- * Key and place are functions of (length, i) alone.  The model answers greedily; leading spaces are
- * dropped and the first five characters compared one by one: an answer is right by 0 to 5 digits.
- * No chat template. */
+ * key's sentence stands after the share (2 i + 1) / 2 n of it, so the tries cover all depths
+ * evenly. Key and place are functions of (length, i) alone.  No chat template.
+ *
+ * The answer is read, not written: a digit is right when its token is the model's most likely one
+ * after the prompt and the digits before it.  So a model that would rather say "the one" first is
+ * asked for the number all the same, and one wrong digit does not spoil the others. */
 #ifndef URCHIN_CONVERT_PASSKEY_H
 #define URCHIN_CONVERT_PASSKEY_H
 
@@ -23,8 +25,9 @@
 enum { PASSKEY_DIGITS = 5 };
 
 struct passkey {
-    int32_t *ids; /* [n], owned: free() it */
-    int64_t n;
+    int32_t *ids; /* [n + n_answer], owned: free() it */
+    int64_t n;    /* the prompt */
+    int n_answer; /* the answer's tokens, 1 .. PASSKEY_DIGITS + 1 */
     char key[PASSKEY_DIGITS + 1];
 };
 
@@ -33,11 +36,8 @@ enum err passkey_make(struct passkey *out, const struct tokenizer *tokenizer,
                       const struct text *filler, int64_t length, int i, int n_tries, char *msg,
                       size_t msg_len);
 
-/* How many digits of the answer are right, 0 .. PASSKEY_DIGITS, into *right. */
+/* How many digits are right, 0 .. PASSKEY_DIGITS, into *right. */
 enum err passkey_ask(int *right, struct reader *reader, const struct passkey *passkey, char *msg,
                      size_t msg_len);
-
-/* The same for an answer at hand. */
-int passkey_digits_right(const char *key, const char *answer, size_t len);
 
 #endif
