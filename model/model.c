@@ -209,8 +209,9 @@ static enum err size_slots(struct opening *o) {
         m->info.max_seq_len = options->max_seq_len;
     if (a->kind == ATTENTION_SOFTMAX) a->max_seq_len = m->info.max_seq_len;
 
-    enum err e = attention_config_check(a, o->msg, o->msg_len);
-    if (e) return e;
+    char reason[300] = "";
+    enum err e = attention_config_check(a, reason, sizeof reason);
+    if (e) return err_set(o->msg, o->msg_len, e, "%s: %s", options->path, reason);
     e = a->kind == ATTENTION_SOFTMAX ? fit_context(o) : new_attention(o);
     if (e) return e;
     size_t n = options->n_slots ? (size_t)options->n_slots : o->budget / m->slot_stride;
