@@ -477,6 +477,14 @@ static bool enough(const struct answer *a) {
     return a->request.stream && a->output.len >= STREAM_ENOUGH;
 }
 
+void answer_fail(struct answer *a, const struct api_error *e) {
+    if (a->done) return;
+    a->failed = true;
+    a->error = *e;
+    if (a->request.stream) finish_stream(a);
+    answer_cancel(a);
+}
+
 void answer_pull(struct answer *a) {
     if (a->done) return;
     for (size_t i = 0; i < a->n_submitted && !a->failed; i++) {
@@ -492,11 +500,16 @@ void answer_pull(struct answer *a) {
         }
         if (p->ticket && !a->failed && !enough(a) && ticket_done(p->ticket)) end_part(a, p);
     }
-    if (!a->failed && !submit_more(a, &a->error)) a->failed = true;
-    if (!a->failed && (a->n_running > 0 || a->n_submitted < a->n_parts)) return;
-    if (a->failed) answer_cancel(a);
-    if (a->request.stream) finish_stream(a);
-    a->done = true;
+    struct api_error e;
+    if (a->failed) {
+        e = a->error;
+        answer_fail(a, &e);
+    } else if (!submit_more(a, &e)) {
+        answer_fail(a, &e);
+    } else if (a->n_running == 0 && a->n_submitted == a->n_parts) {
+        if (a->request.stream) finish_stream(a);
+        a->done = true;
+    }
 }
 
 bool answer_done(const struct answer *a) {

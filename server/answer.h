@@ -23,12 +23,12 @@ bool answer_new(struct answer **out, struct served *served, struct api_request *
 void answer_free(struct answer *a); /* cancels what still runs; NULL is fine */
 
 void answer_pull(struct answer *a); /* takes what the scheduler has delivered */
-void answer_cancel(
-    struct answer *a); /* the client is gone: frees the slots now, nothing more comes */
-bool answer_done(
-    const struct answer *a); /* nothing will follow; a stream's output may still be unread */
-bool answer_began(const struct answer *a); /* something was delivered: the status is known */
-bool answer_waits(const struct answer *a); /* prompts found the queue full: pull again soon */
+void answer_fail(struct answer *a,
+                 const struct api_error *e); /* ends it so that the client sees e */
+void answer_cancel(struct answer *a);        /* the client is gone: frees the slots now */
+bool answer_done(const struct answer *a);    /* nothing will follow what answer_read still has */
+bool answer_began(const struct answer *a);   /* something was delivered: the status is known */
+bool answer_waits(const struct answer *a);   /* prompts found the queue full: pull again soon */
 bool answer_streams(const struct answer *a);
 const struct api_error *
 answer_error(const struct answer *a); /* NULL: none; what a response not yet begun should say */

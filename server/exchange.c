@@ -7,6 +7,7 @@
 #include "server/routes.h"
 
 #include <ctype.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -189,7 +190,7 @@ enum MHD_Result exchange_reply_error(struct exchange *x, const struct api_error 
         return MHD_NO;
     }
     if (e->retry_after_s > 0) {
-        snprintf(seconds, sizeof seconds, "%.0f", e->retry_after_s < 1 ? 1 : e->retry_after_s);
+        snprintf(seconds, sizeof seconds, "%.0f", ceil(e->retry_after_s));
         add_header(r, "Retry-After", seconds);
     }
     if (e->status == 401) add_header(r, "WWW-Authenticate", "Bearer");
@@ -268,6 +269,14 @@ void exchange_advance(struct exchange *x) {
     if (!x->answer || x->gone) return;
     answer_pull(x->answer);
     if (status_is_known(x)) resume(x);
+}
+
+void exchange_break_off(struct exchange *x) {
+    struct api_error e;
+    if (!x->answer || x->gone) return;
+    api_fail(&e, 503, "shutting_down", NULL, "The server is shutting down.");
+    answer_fail(x->answer, &e);
+    resume(x);
 }
 
 void exchange_abandon(struct exchange *x) {

@@ -43,9 +43,9 @@ enum MHD_Result exchange_handle(void *cls, struct MHD_Connection *connection, co
 void exchange_completed(void *cls, struct MHD_Connection *connection, void **state,
                         enum MHD_RequestTerminationCode code);
 
-void exchange_advance(struct exchange *x); /* the scheduler has delivered something */
-void exchange_abandon(
-    struct exchange *x); /* the client has left, or the server stops: frees the slots now */
+void exchange_advance(struct exchange *x);   /* the scheduler has delivered something */
+void exchange_break_off(struct exchange *x); /* the server stops: the client is told */
+void exchange_abandon(struct exchange *x);   /* the client has left: frees the slots now */
 
 /* ---- for routes: each queues the response; to be called once ---- */
 enum MHD_Result exchange_reply(struct exchange *x, int status, const char *type, char *body,

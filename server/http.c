@@ -5,6 +5,7 @@
 #include "server/routes.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,6 +24,7 @@ struct connection {
 };
 
 enum { MAX_EVENTS = 64, SWEEP_MS = 1000, RETRY_MS = 50 };
+static const double LAST_WORDS_S = 0.5;
 static const double BYTES_PER_SECOND = 16 << 10; /* the slowest body that is waited for */
 
 double http_now(void) {
@@ -313,11 +315,26 @@ static bool any_suspended(const struct http *h) {
     return false;
 }
 
+/* Tells those who still wait that nothing more comes, and gives them a moment to hear it. */
+static void break_off(struct http *h) {
+    int fd = MHD_get_daemon_info(h->daemon, MHD_DAEMON_INFO_EPOLL_FD)->epoll_fd;
+    double until = http_now() + LAST_WORDS_S;
+    for (struct exchange *x = h->exchanges; x; x = x->next)
+        exchange_break_off(x);
+    MHD_run(h->daemon);
+    while (h->n_answering > 0 && http_now() < until) {
+        struct pollfd p = {.fd = fd, .events = POLLIN};
+        poll(&p, 1, 10);
+        MHD_run(h->daemon);
+    }
+}
+
 void http_close(struct http *h) {
     if (h->daemon) {
         if (!h->draining) stop_accepting(h);
-        do { /* libmicrohttpd must have no suspended connection when it stops; a request just being
-                read may become one */
+        break_off(h);
+        do { /* none may be suspended when the daemon stops; a request just being read may become so
+              */
             for (struct exchange *x = h->exchanges; x; x = x->next)
                 exchange_abandon(x);
             MHD_run(h->daemon);

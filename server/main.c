@@ -29,16 +29,18 @@ static void limit_isa(const struct settings *s) {
         if (strcmp(s->isa, cpu_isa_name((enum cpu_isa)isa)) == 0) cpu_isa_limit((enum cpu_isa)isa);
 }
 
-/* The server takes signals from a descriptor: they are blocked before the first thread exists.  A
- * client that has left is an error of write(), not a signal. */
-static void prepare_signals(enum command command) {
-    signal(SIGPIPE, command == COMMAND_SERVE ? SIG_IGN : SIG_DFL);
-    if (command != COMMAND_SERVE) return;
+/* The server and the chat take signals from a descriptor: they are blocked before the first thread
+ * exists.  A client that has left is an error of write(), not a signal. */
+static void prepare_signals(const struct settings *s) {
     sigset_t set;
     sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGHUP);
+    if (s->command == COMMAND_SERVE) {
+        signal(SIGPIPE, SIG_IGN);
+        sigaddset(&set, SIGTERM);
+        sigaddset(&set, SIGHUP);
+    }
+    if (s->command == COMMAND_SERVE || (s->command == COMMAND_RUN && run_is_chat(s)))
+        sigaddset(&set, SIGINT);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
 }
 
@@ -46,7 +48,7 @@ static int run_command(struct settings *s) {
     static struct team
         *team; /* not freed: a model may still be loading when a signal ends the server */
     char path[MAX_PATH], msg[1024];
-    prepare_signals(s->command);
+    prepare_signals(s);
     if (!s->model) {
         if (default_model(path, sizeof path, s, msg, sizeof msg) != OK) {
             fprintf(stderr, "urchin: %s\n", msg);

@@ -5,12 +5,13 @@
 #include "server/buffer.h"
 #include "server/open.h"
 
-#include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <sys/signalfd.h>
 #include <unistd.h>
 
 struct talk {
@@ -21,17 +22,19 @@ struct talk {
     struct sampling sampling;
     const float *logits; /* after the last token read; borrowed from the model */
     int64_t n_drawn;     /* numbers the draws */
-    int32_t unread;      /* sampled and printed but not yet read, -1: none */
-    char *question;      /* owned; of the last exchange, NULL before the first */
+    int32_t *unread;     /* owned [n_unread of room]: belong to the sequence, not yet read */
+    size_t n_unread, room;
+    int signal_fd;  /* Ctrl-C in a chat; -1: it ends the program */
+    bool stopped;   /* Ctrl-C came during this turn */
+    char *question; /* owned; of the last exchange, NULL before the first */
     struct buffer answer;
     char msg[512];
 };
 
-static volatile sig_atomic_t interrupted;
-
-static void on_interrupt(int signal_number) {
-    (void)signal_number;
-    interrupted = 1;
+/* Was Ctrl-C pressed since the last call? */
+static bool interrupted(const struct talk *t) {
+    struct signalfd_siginfo info;
+    return t->signal_fd >= 0 && read(t->signal_fd, &info, sizeof info) == sizeof info;
 }
 
 static enum err fail(struct talk *t, enum err err, const char *why) {
@@ -40,19 +43,32 @@ static enum err fail(struct talk *t, enum err err, const char *why) {
 
 /* ---- the sequence ---- */
 
-static enum err read_tokens(struct talk *t, const int32_t *ids, size_t n) {
+static enum err append(struct talk *t, const int32_t *ids, size_t n) {
+    if (n > t->room - t->n_unread) {
+        int32_t *more = realloc(t->unread, (t->n_unread + n) * sizeof *more);
+        if (!more) return fail(t, ERR_NOMEM, "out of memory");
+        t->unread = more;
+        t->room = t->n_unread + n;
+    }
+    memcpy(t->unread + t->n_unread, ids, n * sizeof *ids);
+    t->n_unread += n;
+    return OK;
+}
+
+/* Reads what is unread; Ctrl-C leaves the rest for the next turn. */
+static enum err read_on(struct talk *t) {
     int64_t limit = t->info->max_seq_len;
-    if (limit && model_slot_position(t->model, 0) + (int64_t)n > limit)
+    if (limit && model_slot_position(t->model, 0) + (int64_t)t->n_unread > limit)
         return fail(t, ERR_ARG, "the model's longest sequence is reached (see --max-seq-len)");
-    for (size_t done = 0; done < n && !interrupted;) {
-        size_t rows = n - done < (size_t)t->settings->prefill_chunk
-                          ? n - done
-                          : (size_t)t->settings->prefill_chunk;
-        struct model_run run = {
-            .slot = 0, .n_rows = (int)rows, .tokens = ids + done, .n_logits = 1};
+    while (t->n_unread && !t->stopped) {
+        size_t chunk = (size_t)t->settings->prefill_chunk;
+        int rows = (int)(t->n_unread < chunk ? t->n_unread : chunk);
+        struct model_run run = {.n_rows = rows, .tokens = t->unread, .n_logits = 1};
         enum err err = model_step(t->model, &run, 1, &t->logits);
         if (err) return fail(t, err, "the model's step failed");
-        done += rows;
+        t->n_unread -= (size_t)rows;
+        memmove(t->unread, t->unread + rows, t->n_unread * sizeof *t->unread);
+        t->stopped = interrupted(t);
     }
     return OK;
 }
@@ -72,24 +88,23 @@ static void show(struct talk *t, size_t *shown, bool all) {
     *shown += n;
 }
 
-/* Continues the sequence until it ends, is long enough, or Ctrl-C. */
+/* Reads on and continues the sequence until it ends, is long enough, or Ctrl-C. */
 static enum err generate(struct talk *t) {
     const struct settings *s = t->settings;
     const struct tokenizer *tokenizer = model_tokenizer(t->model);
     size_t shown = 0;
     enum err err = OK;
-    t->answer.len = 0;
-    for (int64_t i = 0; !interrupted && (s->max_tokens < 0 || i < s->max_tokens); i++) {
-        if (t->unread >= 0) err = read_tokens(t, &t->unread, 1);
-        if (err) break;
-        t->unread = -1;
+    for (int64_t i = 0; s->max_tokens < 0 || i < s->max_tokens; i++) {
+        err = read_on(t);
+        if (err || t->stopped) break;
         int32_t token = sample(t->sampler, t->logits, &t->sampling, NULL, NULL, 0, 0, t->n_drawn++);
         if (ends_text(t, token)) break;
         size_t n;
         const char *bytes = token_bytes(tokenizer, token, false, &n);
-        t->unread = token;
         buffer_append(&t->answer, bytes, n);
         show(t, &shown, false);
+        err = append(t, &token, 1);
+        if (err) break;
     }
     show(t, &shown, true);
     return err;
@@ -132,10 +147,8 @@ static enum err next_turn(struct talk *t, const char *text, int32_t **ids, size_
     if (err) return err;
     err = render(t, messages, 3, false, ids, n_ids);
     if (err == OK) *skip = n_open;
-    if (err == OK && (*n_ids < n_open || memcmp(open, *ids, n_open * sizeof *open) != 0)) {
-        free(*ids);
+    if (err == OK && (*n_ids < n_open || memcmp(open, *ids, n_open * sizeof *open) != 0))
         err = fail(t, ERR_ARG, "this chat format cannot be continued turn by turn");
-    }
     free(open);
     return err;
 }
@@ -148,7 +161,7 @@ static enum err turn(struct talk *t, const char *text) {
     int32_t *ids = NULL;
     size_t n = 0, skip = 0;
     enum err err;
-    bool first = model_slot_position(t->model, 0) == 0;
+    bool first = !t->question;
     if (is_raw(t)) {
         int flags = TOKENIZE_SPECIAL | (first ? TOKENIZE_ADD_BOS_EOS : 0);
         err = tokenize(model_tokenizer(t->model), text, strlen(text), flags, &ids, &n);
@@ -159,17 +172,27 @@ static enum err turn(struct talk *t, const char *text) {
     } else {
         err = next_turn(t, text, &ids, &n, &skip);
     }
-    if (err == OK && t->unread >= 0) err = read_tokens(t, &t->unread, 1);
-    t->unread = -1;
-    if (err == OK) err = read_tokens(t, ids + skip, n - skip);
+    if (err == OK) err = append(t, ids + skip, n - skip);
     free(ids);
     if (err) return err;
     free(t->question);
     t->question = strdup(text);
-    return t->question ? generate(t) : fail(t, ERR_NOMEM, "out of memory");
+    if (!t->question) return fail(t, ERR_NOMEM, "out of memory");
+    t->answer.len = 0;
+    t->stopped = false;
+    return generate(t);
 }
 
 /* ---- the two ways to use it ---- */
+
+/* Waits for a line; false: Ctrl-C instead.  A terminal hands out whole lines, so stdio holds
+ * nothing back. */
+static bool line_comes(const struct talk *t) {
+    struct pollfd p[2] = {{.fd = STDIN_FILENO, .events = POLLIN},
+                          {.fd = t->signal_fd, .events = POLLIN}};
+    poll(p, 2, -1);
+    return !interrupted(t);
+}
 
 static enum err chat_loop(struct talk *t) {
     char *line = NULL;
@@ -177,14 +200,10 @@ static enum err chat_loop(struct talk *t) {
     enum err err = OK;
     fprintf(stderr, "%s. Ctrl-C stops an answer, Ctrl-D leaves.\n", t->info->name);
     while (err == OK) {
-        interrupted = 0;
         fputs("\n> ", stdout);
         fflush(stdout);
+        if (!line_comes(t)) continue;
         ssize_t n = getline(&line, &room, stdin);
-        if (n < 0 && errno == EINTR && !feof(stdin)) {
-            clearerr(stdin);
-            continue;
-        }
         if (n < 0) break;
         if (n && line[n - 1] == '\n') line[--n] = 0;
         if (n == 0) continue;
@@ -231,17 +250,25 @@ static enum err open_talk(struct talk *t, struct team *team) {
     return OK;
 }
 
+bool run_is_chat(const struct settings *settings) {
+    return !settings->prompt && isatty(STDIN_FILENO);
+}
+
 int run_main(const struct settings *settings, struct team *team) {
-    struct talk t = {.settings = settings, .unread = -1};
-    struct sigaction action = {.sa_handler =
-                                   on_interrupt}; /* no SA_RESTART: Ctrl-C wakes getline too */
+    struct talk t = {.settings = settings, .signal_fd = -1};
     enum err err = open_talk(&t, team);
-    if (err == OK) {
-        sigaction(SIGINT, &action, NULL);
-        bool chat = !settings->prompt && isatty(STDIN_FILENO);
-        err = chat ? chat_loop(&t) : answer_once(&t);
+    if (err == OK && run_is_chat(settings)) {
+        sigset_t set;
+        sigemptyset(&set);
+        sigaddset(&set, SIGINT);
+        t.signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
+        err = t.signal_fd >= 0 ? chat_loop(&t) : fail(&t, ERR_IO, "Ctrl-C cannot be caught");
+    } else if (err == OK) {
+        err = answer_once(&t);
     }
     if (err) fprintf(stderr, "urchin: %s\n", t.msg);
+    if (t.signal_fd >= 0) close(t.signal_fd);
+    free(t.unread);
     free(t.question);
     buffer_free(&t.answer);
     sampler_free(t.sampler);

@@ -8,7 +8,10 @@
 #include "compute/team.h"
 #include "config/settings.h"
 
-/* Returns the process's exit status: 0, or 1 after one sentence on stderr. */
+bool run_is_chat(const struct settings *settings); /* no prompt, and a terminal to ask for one */
+
+/* SIGINT must be blocked in all threads before a chat.  Returns the process's exit status: 0, or 1
+ * after one sentence on stderr. */
 int run_main(const struct settings *settings, struct team *team);
 
 #endif

@@ -4,7 +4,7 @@ import math
 import re
 import threading
 
-from harness import NAME, Server, events
+from harness import NAME, Server, events, post_bytes, read_all
 
 
 def check_usage(u):
@@ -394,6 +394,21 @@ def test_request_id_is_echoed_when_harmless_and_made_otherwise(s):
         assert re.fullmatch(r"req_[0-9a-f]{32}", r.headers["x-request-id"]), (bad, r.headers)
     r = s.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
     assert r.headers["x-request-id"].startswith("req_") and int(r.headers["openai-processing-ms"]) >= 0
+
+
+def test_pipelined_requests_are_answered_in_order(s):
+    one = post_bytes("/v1/completions", {"prompt": "Once", "max_tokens": 30, "ignore_eos": True})
+    two = post_bytes("/v1/completions", {"prompt": "Once", "max_tokens": 2, "stream": True})
+    with s.raw(one + two + b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") as sock:
+        answer = read_all(sock)
+    assert answer.count(b"HTTP/1.1 ") == 3
+    assert answer.index(b'"completion_tokens":30') < answer.index(b"[DONE]") < answer.index(b"HTTP/1.1 404")
+
+
+def test_an_http_1_0_client_gets_its_stream_and_the_end_of_the_connection(s):
+    with s.raw(post_bytes("/v1/completions", {"prompt": "Once", "max_tokens": 3, "stream": True}).replace(b"HTTP/1.1", b"HTTP/1.0")) as sock:
+        head, _, body = read_all(sock).partition(b"\r\n\r\n")
+    assert b"chunked" not in head.lower() and len(events(body)) == 3
 
 
 def test_many_requests_on_one_connection(s):

@@ -117,6 +117,28 @@ def test_chat_on_a_terminal_goes_on_from_the_state_as_if_it_had_read_everything(
             messages.append({"role": "assistant", "content": a})
 
 
+def test_ctrl_c_while_a_long_question_is_read_loses_nothing_of_it():
+    """The rest is read with the next turn, so the conversation goes on as if nobody had been impatient."""
+    model = big_model()
+    if harness.SANITIZED:
+        raise harness.Skip("loading takes minutes under a sanitizer")
+    long = "The sea is deep and wide. " * 150  # one terminal line holds 4,095 characters
+    t = Terminal(model, "--temperature", "0", "--max-tokens", "8", "--weights", "bf16", "--prefill-chunk", "8")
+    t.read_until("\n> ")
+    os.write(t.fd, long.encode() + b"\n")
+    t.read_until(long + "\n")
+    time.sleep(0.2)
+    os.kill(t.pid, signal.SIGINT)
+    first = t.read_until("\n\n> ")
+    second = t.say("What is deep?")
+    assert t.end() == 0
+    with Server("--max-seqs", "1", "--weights", "bf16", model=model) as s:
+        r = s.post("/v1/chat/completions", {"temperature": 0, "max_tokens": 8, "messages": [
+            {"role": "user", "content": long}, {"role": "assistant", "content": first},
+            {"role": "user", "content": "What is deep?"}]}).json()
+        assert r["choices"][0]["message"]["content"] == second, (first, r, second)
+
+
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves():
     t = Terminal(MODEL, "--max-tokens", "-1", "--temperature", "1.3")
     t.read_until("\n> ")

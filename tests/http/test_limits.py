@@ -144,11 +144,24 @@ def test_a_request_in_many_pieces_is_put_together(s):
         assert read_all(sock).startswith(b"HTTP/1.1 200")
 
 
+def stuck(s):
+    """Waits until a reader's buffers are full all the way: its sequence stays paused."""
+    since = time.monotonic()
+
+    def long_enough():
+        nonlocal since
+        if s.metric("slots_paused") != 1:
+            since = time.monotonic()
+        return time.monotonic() - since > 0.3
+
+    s.until(long_enough, 30)
+
+
 def test_a_reader_that_stops_pauses_its_own_sequence_only():
     with Server("--output-limit", "16K", "--idle-timeout", "60") as s:
         with s.raw(endless(), rcvbuf=4096) as lazy:
             read_some(lazy)
-            s.until(lambda: s.metric("slots_paused") == 1, 30)
+            stuck(s)
             tokens, memory = s.metric("generation_tokens_total"), s.memory()
             for _ in range(3):
                 assert s.complete(max_tokens=20)["choices"][0]["text"]
@@ -165,7 +178,7 @@ def test_a_stalled_reader_is_closed_after_the_idle_timeout():
     with Server("--output-limit", "16K", "--idle-timeout", "2") as s:
         with s.raw(endless(), rcvbuf=4096) as lazy:
             read_some(lazy)
-            assert s.metric("num_requests_running") == 1
+            s.until(lambda: s.metric("num_requests_running") == 1)
             s.until(lambda: s.metric("num_requests_running") == 0, 30)
             assert b"[DONE]" not in read_all(lazy)
 
@@ -385,11 +398,17 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new():
 def test_the_drain_timeout_cuts_what_takes_longer():
     with Server("--drain-timeout", "0.5") as s:
         sock = s.raw(endless())
+        whole = s.raw(endless(stream=False))
         read_some(sock)
+        s.until(lambda: s.metric("num_requests_running") == 2)
         s.process.send_signal(signal.SIGTERM)
         start = time.monotonic()
-        read_all(sock)
+        rest, answer = read_all(sock), read_all(whole)
         assert s.process.wait(10) == 0
+        last = [e for e in rest.split(b"data: ") if e.startswith(b"{")][-1]
+        assert json.loads(last.split(b"\n")[0])["error"]["code"] == "shutting_down", last
+        assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"), "a stream that is cut ends with an error and in good order"
+        assert answer.startswith(b"HTTP/1.1 503") and b'"shutting_down"' in answer
         assert 0.3 < time.monotonic() - start < 3 * harness.PATIENCE
 
 
