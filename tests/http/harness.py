@@ -32,12 +32,17 @@ class Skip(Exception):
     """Raised by a test that cannot run here, with the reason."""
 
 
+def no_key_twice(pairs):
+    assert len(dict(pairs)) == len(pairs), f"a key is there twice: {pairs}"
+    return dict(pairs)
+
+
 class Reply:
     def __init__(self, status, headers, body):
         self.status, self.headers, self.body = status, headers, body
 
     def json(self):
-        return json.loads(self.body)
+        return json.loads(self.body, object_pairs_hook=no_key_twice)
 
     def error(self):
         e = self.json()["error"]
@@ -194,7 +199,7 @@ def events(body):
         assert block.startswith("data: ") and "\n" not in block, block
         out.append(block[6:])
     assert out.pop() == "[DONE]"
-    return [json.loads(e) for e in out]
+    return [json.loads(e, object_pairs_hook=no_key_twice) for e in out]
 
 
 def endless(path="/v1/completions", **fields):

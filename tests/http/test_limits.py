@@ -312,18 +312,31 @@ def test_a_thousand_idle_keep_alive_connections_cost_less_than_20_kb_each():
             sock.close()
 
 
-def test_an_idle_server_uses_no_cpu(s):
-    def cpu():
-        with open(f"/proc/{s.process.pid}/stat") as f:
-            fields = f.read().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def cpu_seconds(s, what="stat"):
+    with open(f"/proc/{s.process.pid}/{what}") as f:
+        fields = f.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+
+def test_between_tokens_the_http_thread_sleeps(s):
+    """A stream costs it some 50 us a token; awake all the time would be a second a second."""
+    with s.raw(endless()) as sock:
+        read_some(sock)
+        thread = f"task/{s.process.pid}/stat"
+        start, cpu, tokens = time.monotonic(), cpu_seconds(s, thread), s.metric("generation_tokens_total")
+        while time.monotonic() - start < 1:
+            read_some(sock)
+        used, tokens = cpu_seconds(s, thread) - cpu, s.metric("generation_tokens_total") - tokens
+        assert used < 0.05 + 200e-6 * harness.PATIENCE * tokens, (used, tokens)
+
+
+def test_an_idle_server_uses_no_cpu(s):
     with s.raw(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as idle:
         read_some(idle)
         time.sleep(0.2)
-        start = cpu()
+        start = cpu_seconds(s)
         time.sleep(1.5)
-        assert cpu() - start <= 0.03
+        assert cpu_seconds(s) - start <= 0.03
 
 
 # ---- start and end ----
@@ -423,6 +436,37 @@ def test_sighup_and_a_second_sigterm_end_at_once():
             assert s.process.wait(5 * harness.PATIENCE) == 0
             for sock in socks:
                 sock.close()
+
+
+def test_it_ends_well_under_a_flood_of_new_requests():
+    data = {True: endless(), False: endless(stream=False)}
+    for number in (signal.SIGHUP, signal.SIGTERM) * 3:
+        with Server("--drain-timeout", "0.1", "--max-seqs", "4") as s:
+            ended = threading.Event()
+
+            def flood():
+                held = [s.raw() for _ in range(40)]  # accepted before the end, used at the end
+                while not ended.is_set():
+                    for i, sock in enumerate(held):
+                        try:
+                            sock.sendall(data[i % 2 == 0])
+                        except OSError:
+                            pass
+                        time.sleep(0.001)
+                for sock in held:
+                    sock.close()
+
+            threads = [threading.Thread(target=flood) for _ in range(3)]
+            for t in threads:
+                t.start()
+            time.sleep(0.06)
+            s.process.send_signal(number)
+            try:
+                assert s.process.wait(10 * harness.PATIENCE) == 0
+            finally:
+                ended.set()
+                for t in threads:
+                    t.join()
 
 
 def test_an_idle_server_ends_at_once_on_sigterm(s):
