@@ -8,6 +8,7 @@ LDFLAGS = -pthread $(SAN)
 LIBS    = -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lm
 JEMALLOC = $(if $(SAN),,-ljemalloc)
 ARCH   := $(shell uname -m)
+MAKEFLAGS += $(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell nproc))
 
 # Debian packages that each job needs; deploy/setup installs those that are missing.
 BUILD_PACKAGES = gcc libc6-dev libmicrohttpd-dev libcjson-dev libjemalloc-dev libpcre2-dev libutf8proc-dev
