@@ -8,7 +8,9 @@ LDFLAGS = -pthread $(SAN)
 LIBS    = -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lm
 JEMALLOC = $(if $(SAN),,-ljemalloc)
 ARCH   := $(shell uname -m)
-MAKEFLAGS += $(if $(findstring -j,$(MAKEFLAGS)),,-j$(shell nproc))
+ifeq (,$(findstring -j,$(MAKEFLAGS)))
+MAKEFLAGS += -j$(shell nproc)
+endif
 
 # Debian packages that each job needs; deploy/setup installs those that are missing.
 BUILD_PACKAGES = gcc libc6-dev libmicrohttpd-dev libcjson-dev libjemalloc-dev libpcre2-dev libutf8proc-dev
