@@ -21,6 +21,6 @@ ENV URCHIN_CACHE=/models
 USER urchin
 VOLUME /models
 EXPOSE 8080
-HEALTHCHECK --interval=15s --timeout=5s --start-period=60s CMD curl -fsS http://127.0.0.1:${URCHIN_PORT:-8080}/health || exit 1
+HEALTHCHECK --interval=15s --timeout=5s --start-period=60s CMD curl -fsSo /dev/null http://127.0.0.1:${URCHIN_PORT:-8080}/health || exit 1
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["urchin", "serve", "--host", "0.0.0.0"]
