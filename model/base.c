@@ -290,7 +290,7 @@ static enum err open_shards(struct base *b, const char *index_path, char *msg, s
     struct json *index = NULL;
     enum err e = json_load(&index, index_path, msg, msg_len);
     const struct json *map = json_get(index, "weight_map");
-    if (!e && json_size(map) == 0)
+    if (!e && (json_type(map) != JSON_OBJECT || !json_child(map)))
         e = err_set(msg, msg_len, ERR_FORMAT, "%s: has no weight_map", index_path);
     for (const struct json *m = json_child(map); !e && m; m = json_next(m)) {
         const char *name = json_string(m);

@@ -30,7 +30,9 @@ static void fault(struct reader *r, const char *where, const char *key, const ch
  */
 static void refuse_unknown(struct reader *r, const struct json *object, const char *where,
                            const char *const *known) {
-    for (const struct json *m = json_child(object); m; m = json_next(m)) {
+    if (json_type(object) != JSON_OBJECT)
+        return; /* the caller's fault to name; a list has no keys */
+    for (const struct json *m = json_child(object); m && !r->e; m = json_next(m)) {
         const char *const *k = known;
         while (*k && strcmp(*k, json_key(m)))
             k++;
