@@ -45,11 +45,11 @@ static void prepare_signals(const struct settings *s) {
 }
 
 static int run_command(struct settings *s) {
-    static struct team
-        *team; /* not freed: a model may still be loading when a signal ends the server */
+    static struct team *team;
     char path[MAX_PATH], msg[1024];
     prepare_signals(s);
-    if (!s->model) {
+    bool opens_it_itself = s->command == COMMAND_EVAL || s->command == COMMAND_BENCH;
+    if (!s->model && opens_it_itself) {
         if (default_model(path, sizeof path, s, msg, sizeof msg) != OK) {
             fprintf(stderr, "urchin: %s\n", msg);
             return 1;
@@ -77,9 +77,10 @@ static int run_command(struct settings *s) {
 }
 
 int main(int argc, char **argv) {
-    static struct settings
-        settings; /* a signal may end the server while its model is being loaded: */
-    bool help;    /* settings, path and team last until the process ends */
+    /* Settings and team are not freed: a signal may end the server while a thread loads its model.
+     */
+    static struct settings settings;
+    bool help;
     char msg[1024];
     if (settings_load(&settings, argc - 1, argv + 1, &help, msg, sizeof msg) != OK) {
         fprintf(stderr, "urchin: %s\n", msg);

@@ -50,21 +50,26 @@ static bool base_is_here(const char *folder, char *why, size_t why_len) {
     return found;
 }
 
+static enum err no_model(char *msg, size_t msg_len) {
+    return err_set(msg, msg_len, ERR_IO,
+                   "no model was named and there is no default one in ../models or "
+                   "../share/urchin/models beside the program or in $URCHIN_MODELS");
+}
+
+static void tell_of_small_model(const char *why) {
+    fprintf(stderr, "urchin: the default model %s cannot be used (%s); using the small model %s\n",
+            good_model, why, small_model);
+}
+
 enum err default_model(char *path, size_t path_len, const struct settings *settings, char *msg,
                        size_t msg_len) {
     char why[512] = "it is not among the models here";
     if (find_model(path, path_len, good_model) &&
         (settings->base || base_is_here(path, why, sizeof why)))
         return OK;
-    if (find_model(path, path_len, small_model)) {
-        fprintf(stderr,
-                "urchin: the default model %s cannot be used (%s); using the small model %s\n",
-                good_model, why, small_model);
-        return OK;
-    }
-    return err_set(msg, msg_len, ERR_IO,
-                   "no model was named and there is no default one in ../models or "
-                   "../share/urchin/models beside the program or in $URCHIN_MODELS");
+    if (!find_model(path, path_len, small_model)) return no_model(msg, msg_len);
+    tell_of_small_model(why);
+    return OK;
 }
 
 struct step_bounds step_bounds(const struct settings *settings, int n_slots) {
@@ -72,6 +77,21 @@ struct step_bounds step_bounds(const struct settings *settings, int n_slots) {
     int n = n_slots ? n_slots : BY_MEMORY_AT_MOST;
     int scored = settings->prefill_chunk < SCORED_ROWS ? settings->prefill_chunk : SCORED_ROWS;
     return (struct step_bounds){.rows = n + settings->prefill_chunk, .logits = n + scored};
+}
+
+/* Opens the good model and, when its base is not there, the small one.  Unlike default_model this
+ * reads the base only once. */
+static enum err open_default(struct model **out, struct model_options *o, char *msg,
+                             size_t msg_len) {
+    char path[MAX_PATH], why[512] = "it is not among the models here";
+    o->path = path;
+    if (find_model(path, sizeof path, good_model)) {
+        enum err err = model_open(out, o, why, sizeof why);
+        if (err != ERR_IO || o->base) return err_set(msg, msg_len, err, "%s", why);
+    }
+    if (!find_model(path, sizeof path, small_model)) return no_model(msg, msg_len);
+    tell_of_small_model(why);
+    return model_open(out, o, msg, msg_len);
 }
 
 enum err open_model(struct model **out, const struct settings *s, int n_slots, struct team *team,
@@ -85,7 +105,7 @@ enum err open_model(struct model **out, const struct settings *s, int n_slots, s
     o.n_slots = n_slots;
     o.team = team;
     o.progress = progress;
-    return model_open(out, &o, msg, msg_len);
+    return s->model ? model_open(out, &o, msg, msg_len) : open_default(out, &o, msg, msg_len);
 }
 
 void show_progress(void *arg, const char *what, double fraction) {

@@ -14,7 +14,7 @@ enum { MAX_PATH = 4096 };
 enum err default_model(char *path, size_t path_len, const struct settings *settings, char *msg,
                        size_t msg_len);
 
-/* settings->model is set.  progress as in model.h, may be NULL. */
+/* settings->model NULL: the default model, as above.  progress as in model.h, may be NULL. */
 enum err open_model(struct model **out, const struct settings *settings, int n_slots,
                     struct team *team,
                     void (*progress)(void *arg, const char *what, double fraction), char *msg,

@@ -173,7 +173,8 @@ int serve_main(const struct settings *settings, struct team *team) {
         auth_free(auth);
         return 1;
     }
-    log_event(LOG_INFO, "listening", "address=%s model=%s", server.address, settings->model);
+    log_event(LOG_INFO, "listening", "address=%s model=%s", server.address,
+              settings->model ? settings->model : "(default)");
     if (pthread_create(&server.loader, NULL, load_and_tell, &server) != 0) {
         fprintf(stderr, "urchin: no thread could be started to load the model\n");
         http_close(&server.http);
