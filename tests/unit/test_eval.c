@@ -446,6 +446,8 @@ static void test_the_report_holds_all_tests_of_all_readers(void **state) {
         assert_int_equal(json_size(lengths), 2);
         double share = json_number(json_get(json_next(json_child(lengths)), "digits_right"), NAN);
         assert_int_equal(isnan(share), i == 0); /* the softmax base ends at 512 */
+        int cache_size = (int)json_number(json_get(r, "cache_size"), -1);
+        assert_int_equal(cache_size, i == 1 || i == 2 ? 16 : 0); /* base and "no cache" have none */
         if (i == 1) whole = perplexity;
         if (i == 2) exact = perplexity;
     }
