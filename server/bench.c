@@ -64,7 +64,33 @@ static double median(double *values, int n) {
 
 typedef uint64_t words __attribute__((vector_size(64), may_alias));
 
+/* Reads 4 n words as four streams side by side: more reads are under way than with one. */
+static inline __attribute__((always_inline)) uint64_t fold(const words *data, size_t n) {
+    words a = {0}, b = {0}, c = {0}, d = {0};
+    for (size_t i = 0; i < n; i++) {
+        a ^= data[i];
+        b ^= data[n + i];
+        c ^= data[2 * n + i];
+        d ^= data[3 * n + i];
+    }
+    a ^= b ^ c ^ d;
+    return a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
+}
+
+static uint64_t fold_generic(const words *data, size_t n) {
+    return fold(data, n);
+}
+#if defined(__x86_64__) /* the widest loads that the kernels may use */
+__attribute__((target("avx2"))) static uint64_t fold_avx2(const words *data, size_t n) {
+    return fold(data, n);
+}
+__attribute__((target("avx512f"))) static uint64_t fold_avx512(const words *data, size_t n) {
+    return fold(data, n);
+}
+#endif
+
 struct stream {
+    uint64_t (*fold)(const words *data, size_t n);
     const words *data;
     size_t n; /* in words */
     _Atomic uint64_t sum;
@@ -74,14 +100,7 @@ static void read_share(void *arg, int thread, int n_threads) {
     struct stream *s = arg;
     size_t from = s->n * (size_t)thread / (size_t)n_threads;
     size_t to = s->n * (size_t)(thread + 1) / (size_t)n_threads;
-    words a = {0}, b = {0}; /* more would not fit the registers of the oldest machines */
-    for (; from + 2 <= to; from += 2) {
-        a ^= s->data[from];
-        b ^= s->data[from + 1];
-    }
-    a ^= b;
-    s->sum +=
-        a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7]; /* so that it is not left out */
+    s->sum += s->fold(s->data + from, (to - from) / 4); /* summed, so that it is not left out */
 }
 
 /* Bytes/s at which the team reads so many bytes again and again: the best of several passes.  0: no
@@ -91,7 +110,11 @@ static double read_bandwidth(struct team *team, size_t bytes) {
     char *data = memory_map(bytes);
     if (!data) return 0;
     memset(data, 1, bytes); /* pages of zeros would all be one page */
-    struct stream s = {.data = (const words *)data, .n = bytes / 64};
+    struct stream s = {.fold = fold_generic, .data = (const words *)data, .n = bytes / 64};
+#if defined(__x86_64__)
+    if (cpu_isa() == CPU_AVX2) s.fold = fold_avx2;
+    if (cpu_isa() == CPU_AVX512) s.fold = fold_avx512;
+#endif
     double best = 0, end = now() + 0.5;
     for (int pass = 0; pass < 5 || now() < end; pass++) {
         double begin = now();
