@@ -1,0 +1,113 @@
+/* test_bench.c - the benchmark measures what it says: every point, its bytes, and depths that are
+ * really read. */
+#include "config/json.h"
+#include "model/model.h"
+#include "server/bench.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#define MODEL "models/stories260k-hedgehog"
+#define SOFTMAX "tests/data/models/stories260k"
+
+static struct team *team;
+
+/* Runs bench_main with these flags; what it printed on out_fd (1 or 2) into text. */
+static int run_bench(char **flags, int n_flags, int out_fd, char *text, size_t room) {
+    struct settings s;
+    bool help;
+    char msg[512] = "";
+    if (settings_load(&s, n_flags, flags, &help, msg, sizeof msg)) fail_msg("%s", msg);
+    FILE *file = tmpfile();
+    assert_non_null(file);
+    fflush(NULL);
+    int saved = dup(out_fd);
+    dup2(fileno(file), out_fd);
+    int status = bench_main(&s, team);
+    fflush(NULL);
+    dup2(saved, out_fd);
+    close(saved);
+    rewind(file);
+    text[fread(text, 1, room - 1, file)] = 0;
+    fclose(file);
+    settings_free(&s);
+    return status;
+}
+
+static double number(const struct json *o, const char *key) {
+    return json_number(json_get(o, key), -1);
+}
+
+/* bytes_per_token: what a sequence's state has to grow by; layout may pad it to twice that. */
+static void check_points(const char *model, double bytes_per_token) {
+    char text[1 << 14], *flags[] = {"bench",    (char *)model, "--n-prompt", "48",      "--n-gen",
+                                    "20",       "--depth",     "128,0,128",  "--batch", "3,1",
+                                    "--repeat", "2",           "--json"};
+    assert_int_equal(run_bench(flags, sizeof flags / sizeof *flags, 1, text, sizeof text), 0);
+    struct json *root;
+    char msg[256];
+    if (json_parse(&root, text, strlen(text), "bench", msg, sizeof msg)) fail_msg("%s", msg);
+    static const struct {
+        const char *test;
+        int batch, depth, tokens;
+    } expected[] = {{"pp", 1, 0, 48},   {"pp", 1, 128, 48}, {"tg", 1, 0, 20},
+                    {"tg", 1, 128, 20}, {"tg", 3, 0, 20},   {"tg", 3, 128, 20}};
+    int i = 0;
+    double weights = number(root, "weight_bytes"), bytes[6] = {0};
+    assert_true(weights > 1e6 && weights < 1.2e6); /* 260 thousand parameters in fp32 */
+    for (const struct json *p = json_child(json_get(root, "points")); p; p = json_next(p), i++) {
+        assert_true(i < 6);
+        assert_string_equal(json_string(json_get(p, "test")), expected[i].test);
+        assert_int_equal((int)number(p, "batch"), expected[i].batch);
+        assert_int_equal((int)number(p, "depth"), expected[i].depth);
+        assert_int_equal((int)number(p, "tokens"), expected[i].tokens);
+        assert_true(number(p, "tokens_per_s") > 0);
+        if (expected[i].depth == 0) assert_true(number(p, "against_first_depth") == 1);
+        if (*expected[i].test == 'p') continue;
+        bytes[i] = number(p, "step_bytes") - weights;
+        assert_true(number(p, "step_median_ms") > 0);
+        assert_true(number(p, "step_p99_ms") >= number(p, "step_median_ms"));
+        assert_true(number(p, "read_bandwidth") > 1e8); /* a tenth of a GB/s: anything that runs */
+    }
+    assert_int_equal(i, 6);
+    assert_true(bytes[2] > 0);
+    assert_true(bytes[4] == 3 * bytes[2] && bytes[5] == 3 * bytes[3]);
+    double growth = bytes[3] - bytes[2];
+    assert_true(growth >= 128 * bytes_per_token && growth <= 2 * 128 * bytes_per_token);
+    json_free(root);
+}
+
+static void test_every_point_is_measured_and_states_keep_their_size(void **state) {
+    (void)state;
+    check_points(MODEL, 0);
+}
+
+static void test_softmax_depth_is_really_read(void **state) {
+    (void)state;
+    check_points(SOFTMAX, 5 * 4 * (8 + 8) * 2); /* layers, heads, key and value, in bf16 */
+}
+
+static void test_depths_past_a_models_limit_are_refused(void **state) {
+    (void)state;
+    char text[1024],
+        *flags[] = {"bench", SOFTMAX, "--depth", "0,500", "--n-prompt", "13", "--n-gen", "5"};
+    assert_int_equal(run_bench(flags, 8, 2, text, sizeof text), 1);
+    assert_non_null(strstr(text, "--max-seq-len 513"));
+}
+
+int main(void) {
+    if (team_new(&team, 2)) return 1;
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_every_point_is_measured_and_states_keep_their_size),
+        cmocka_unit_test(test_softmax_depth_is_really_read),
+        cmocka_unit_test(test_depths_past_a_models_limit_are_refused),
+    };
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    team_free(team);
+    return failed;
+}
