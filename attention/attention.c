@@ -45,8 +45,8 @@ static enum err check_hedgehog(const struct attention_config *c, char *msg, size
                        "attention window size %d makes no sense with window rule none",
                        c->window_size);
     if (c->window != WINDOW_NONE && !within(c->window_size, 1, MOST))
-        return err_set(msg, msg_len, ERR_FORMAT, "attention window size must be positive, not %d",
-                       c->window_size);
+        return err_set(msg, msg_len, ERR_FORMAT, "attention window size must be 1 to %d, not %d",
+                       MOST, c->window_size);
     if (c->window == WINDOW_NONE && c->sinks != 0)
         return err_set(msg, msg_len, ERR_FORMAT, "attention sinks (%d) need a window", c->sinks);
     if (!within(c->sinks, 0, c->window_size))
@@ -54,8 +54,8 @@ static enum err check_hedgehog(const struct attention_config *c, char *msg, size
                        "attention sinks must be 0 to the window size %d, not %d", c->window_size,
                        c->sinks);
     if (!within(c->cache_size, 0, MOST))
-        return err_set(msg, msg_len, ERR_FORMAT,
-                       "attention cache size must not be negative, not %d", c->cache_size);
+        return err_set(msg, msg_len, ERR_FORMAT, "attention cache size must be 0 to %d, not %d",
+                       MOST, c->cache_size);
     if (c->cache_size && c->window != WINDOW_TERRACED)
         return err_set(msg, msg_len, ERR_FORMAT,
                        "attention cache (size %d) needs a terraced window", c->cache_size);

@@ -101,9 +101,9 @@ static void nap(void) {
 
 /* ---- a reader: everything a request gave, choice by choice ---- */
 
-enum { MOST_CHOICES = 8, MOST_TOKENS = 4096 };
+enum { MOST_CHOICES = 8, MOST_TOKENS = 16384 };
 struct answer {
-    char text[16384];
+    char text[65536];
     size_t len;
     int n_tokens, n_events;
     struct sched_token tokens[MOST_TOKENS]; /* top is NULL: see best */
@@ -862,8 +862,8 @@ static void test_drain_gives_up_after_its_time_and_free_cancels_the_rest(void **
     struct sched_request request = endless();
     struct reader *r = submit(s, &request);
     double started = seconds();
-    assert_false(sched_drain(s, 0.15));
-    assert_true(seconds() - started >= 0.15);
+    assert_false(sched_drain(s, 0.02)); /* short: what it wrote by then has to fit an answer */
+    assert_true(seconds() - started >= 0.02);
     sched_free(s);
     read_some(r); /* a ticket outlives the scheduler */
     assert_true(ticket_done(r->ticket));
