@@ -100,9 +100,9 @@ install: $(BUILD)/urchin ## install the program and the embedded models under PR
 
 test: ## all tests; the last line counts them
 	@deploy/setup $(TEST_PACKAGES)
-	@deploy/fetch-model || true
+	@$(if $(SAN),,deploy/fetch-model || true)
 	@$(MAKE) --no-print-directory $(TESTED)
-	@tests/run $(TESTED)
+	@$(if $(SAN),URCHIN_CACHE=$(BUILD)) tests/run $(TESTED) # sanitized, without the default model: ten times slower
 
 asan: ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@HTTP_TEST_PATIENCE=10 $(MAKE) --no-print-directory test BUILD=$(BUILD)-asan \
