@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Open-loop load: requests arrive when the trace says so, whether or not earlier ones have been answered.
 
-  bench/server_load.py [--trace bench/data/azure_conv_2023.csv] [--rate 0.1] [--lengths 0.25] [--seconds 60] ...
+  bench/server_load.py [--trace bench/data/azure_conv_2023.csv] [--rate 1] [--lengths 0.25] [--seconds 60] ...
 
 Arrival times and lengths come from a trace (bench/data/README.md), the rate of arrivals and the lengths scaled to what the machine
 can do.  Prompts are token ids of a real text; every answer is as long as the trace says (ignore_eos).  Without --url a server is
@@ -158,7 +158,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--url", help="a server that runs; none: one is started")
     p.add_argument("--trace", default=ROOT / "bench/data/azure_conv_2023.csv")
-    p.add_argument("--rate", type=float, default=0.1, help="arrivals so many times as fast as in the trace (0.1)")
+    p.add_argument("--rate", type=float, default=1, help="arrivals so many times as fast as in the trace (1)")
     p.add_argument("--lengths", type=float, default=0.25, help="prompts and answers so many times as long (0.25)")
     p.add_argument("--longest", type=int, default=4096, help="tokens of a prompt or an answer at most (4096)")
     p.add_argument("--seconds", type=float, default=60, help="of arrivals (60)")
