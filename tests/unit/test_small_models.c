@@ -2,12 +2,15 @@
  *
  * The texts are what llama2.c's run prints for these files at temperature 0; the activations of
  * gpt-nano-sort were recorded from PyTorch (tests/data/models/README.md). */
+#include "compute/memory.h"
+#include "compute/ops.h"
 #include "model/model.h"
 #include "model/safetensors.h"
 
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -142,6 +145,139 @@ static void test_gpt_nano_sort_has_pytorchs_logits_and_probabilities(void **stat
     model_close(m);
 }
 
+/* ---- the first block of gpt-nano-sort, each operation fed what PyTorch fed its own ---- */
+
+enum {
+    NANO_BATCH = 3,
+    NANO_LEN = 11,
+    NANO_ROWS = NANO_BATCH * NANO_LEN,
+    NANO_DIM = 48,
+    NANO_FFN = 192
+};
+
+static struct safetensors *open_tensors(const char *path) {
+    struct safetensors *st;
+    char msg[256] = "";
+    if (safetensors_open(&st, path, msg, sizeof msg)) fail_msg("%s", msg);
+    return st;
+}
+
+static float *read_tensor(const struct safetensors *st, const char *name) {
+    const struct st_tensor *t = safetensors_get(st, name);
+    if (!t) fail_msg("no tensor %s", name);
+    float *x = malloc((size_t)t->n_values * sizeof *x);
+    assert_non_null(x);
+    assert_int_equal(st_decode(x, t, 0, t->n_values), OK);
+    return x;
+}
+
+static void assert_recorded(const float *x, const struct safetensors *golden, const char *name) {
+    float *y = read_tensor(golden, name);
+    int64_t n = safetensors_get(golden, name)->n_values;
+    for (int64_t i = 0; i < n; i++)
+        if (!(fabsf(x[i] - y[i]) <= 1e-5f))
+            fail_msg("%s[%lld]: %g, recorded %g", name, (long long)i, x[i], y[i]);
+    free(y);
+}
+
+/* y = x W + b, W [n_in][n_out] as GPT-2 stores it, must be the recorded tensor. */
+static void assert_projection(const struct safetensors *weights, const char *name,
+                              const struct safetensors *golden, const char *from, const char *to,
+                              int n_in, int n_out) {
+    char path[64];
+    snprintf(path, sizeof path, "transformer.h.0.%s.weight", name);
+    float *stored = read_tensor(weights, path), *rows = malloc(sizeof(float) * n_in * n_out);
+    snprintf(path, sizeof path, "transformer.h.0.%s.bias", name);
+    float *bias = read_tensor(weights, path), *x = read_tensor(golden, from),
+          *y = malloc(sizeof(float) * NANO_ROWS * n_out);
+    struct matrix *w;
+    struct matmul_scratch *scratch;
+    assert_non_null(rows);
+    assert_non_null(y);
+    for (int o = 0; o < n_out; o++)
+        for (int i = 0; i < n_in; i++)
+            rows[o * n_in + i] = stored[i * n_out + o];
+    assert_int_equal(matrix_new(&w, WEIGHT_FP32, n_out, n_in), OK);
+    assert_int_equal(matmul_scratch_new(&scratch, NANO_ROWS, n_in), OK);
+    matrix_set_rows(w, 0, n_out, rows);
+    matmul(team, scratch, y, n_out, x, n_in, NANO_ROWS, w, bias);
+    assert_recorded(y, golden, to);
+    matmul_scratch_free(scratch);
+    matrix_free(w);
+    free(stored);
+    free(rows);
+    free(bias);
+    free(x);
+    free(y);
+}
+
+static void assert_norm(const struct safetensors *weights, const char *name,
+                        const struct safetensors *golden, const char *from, const char *to) {
+    char path[64];
+    float y[NANO_ROWS * NANO_DIM];
+    snprintf(path, sizeof path, "transformer.h.0.%s.weight", name);
+    float *weight = read_tensor(weights, path), *x = read_tensor(golden, from);
+    snprintf(path, sizeof path, "transformer.h.0.%s.bias", name);
+    float *bias = read_tensor(weights, path);
+    for (int row = 0; row < NANO_ROWS; row++)
+        layer_norm(y + row * NANO_DIM, x + row * NANO_DIM, weight, bias, NANO_DIM, 1e-5f);
+    assert_recorded(y, golden, to);
+    free(weight);
+    free(bias);
+    free(x);
+}
+
+static void assert_attention(const struct safetensors *golden) {
+    struct attention_config config = {.kind = ATTENTION_SOFTMAX,
+                                      .n_heads = 3,
+                                      .n_kv_heads = 3,
+                                      .head_dim = 16,
+                                      .kv_type = KV_FP32,
+                                      .max_seq_len = NANO_LEN};
+    struct attention_weights none = {0};
+    struct attention_run runs[NANO_BATCH];
+    struct attention *a;
+    float *qkv = read_tensor(golden, "qkv"), y[NANO_ROWS * NANO_DIM];
+    assert_int_equal(attention_new(&a, &config, &none, 1, NULL, team, NANO_ROWS, NANO_BATCH), OK);
+    size_t bytes = attention_slot_bytes(a);
+    char *slots = memory_map(NANO_BATCH * bytes);
+    assert_non_null(slots);
+    for (int b = 0; b < NANO_BATCH; b++) {
+        runs[b] = (struct attention_run){slots + b * bytes, b * NANO_LEN, NANO_LEN};
+        attention_slot_clear(a, runs[b].slot);
+    }
+    attention_step_begin(a, runs, NANO_BATCH);
+    attention_layer(a, 0, y, NANO_DIM, qkv, 3 * NANO_DIM, qkv + NANO_DIM, 3 * NANO_DIM,
+                    qkv + 2 * NANO_DIM, 3 * NANO_DIM);
+    attention_step_end(a);
+    assert_recorded(y, golden, "y");
+    memory_unmap(slots, NANO_BATCH * bytes);
+    attention_free(a);
+    free(qkv);
+}
+
+/* Within 1e-5: values up to 10, sums of at most 192 terms, both sides rounding: sqrt(192) * 2^-24 *
+ * 10 = 8e-6. */
+static void test_gpt_nano_sort_has_pytorchs_first_block_operation_by_operation(void **state) {
+    (void)state;
+    struct safetensors *golden = open_tensors("tests/data/models/gpt-nano-sort/golden.safetensors"),
+                       *weights = open_tensors("tests/data/models/gpt-nano-sort/model.safetensors");
+    assert_norm(weights, "ln_1", golden, "x", "ln1");
+    assert_projection(weights, "attn.c_attn", golden, "ln1", "qkv", NANO_DIM, 3 * NANO_DIM);
+    assert_attention(golden);
+    assert_projection(weights, "attn.c_proj", golden, "y", "yProj", NANO_DIM, NANO_DIM);
+    assert_norm(weights, "ln_2", golden, "attnResid", "ln2");
+    assert_projection(weights, "mlp.c_fc", golden, "ln2", "fc", NANO_DIM, NANO_FFN);
+    float *fc = read_tensor(golden, "fc");
+    for (int row = 0; row < NANO_ROWS; row++)
+        gelu_tanh(fc + row * NANO_FFN, fc + row * NANO_FFN, NANO_FFN);
+    assert_recorded(fc, golden, "gelu");
+    free(fc);
+    assert_projection(weights, "mlp.c_proj", golden, "gelu", "mlp", NANO_FFN, NANO_DIM);
+    safetensors_close(weights);
+    safetensors_close(golden);
+}
+
 static void test_gpt_nano_sort_sorts_letters(void **state) {
     (void)state;
     struct model *m = open_model("tests/data/models/gpt-nano-sort", WEIGHT_FP32);
@@ -184,6 +320,7 @@ int main(void) {
         cmocka_unit_test(test_babyllama_tells_its_story_letter_by_letter),
         cmocka_unit_test(test_rounded_weights_tell_the_same_stories),
         cmocka_unit_test(test_gpt_nano_sort_has_pytorchs_logits_and_probabilities),
+        cmocka_unit_test(test_gpt_nano_sort_has_pytorchs_first_block_operation_by_operation),
         cmocka_unit_test(test_gpt_nano_sort_sorts_letters),
         cmocka_unit_test(test_learned_positions_end_with_the_context),
     };
