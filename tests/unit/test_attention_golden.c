@@ -241,6 +241,7 @@ static void check_outputs(struct golden *g) {
     attention_slot_clear(g->a, slot);
     read_rows(g->a, g, slot, 0, g->n, y);
     double off = largest_difference(y, g->hedgehog_y, n);
+    print_message("hedgehog_y: largest difference %.2g\n", off);
     if (!(off <= TOLERANCE)) fail_msg("hedgehog_y: off by %g", off);
     free(sets), free(slot);
 
@@ -257,6 +258,7 @@ static void check_outputs(struct golden *g) {
     fill_nan(y, n);
     read_rows(softmax, g, slot, 0, g->n, y);
     off = largest_difference(y, g->softmax_y, n);
+    print_message("softmax_y: largest difference %.2g\n", off);
     if (!(off <= TOLERANCE)) fail_msg("softmax_y: off by %g", off);
     attention_free(softmax);
     free(slot), free(y);

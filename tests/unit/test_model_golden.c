@@ -191,10 +191,6 @@ static void test_smollm_greedy(void **state) {
 /* Own choice of cache: near ties may fall otherwise, so only the mean loss is compared. */
 static void test_smollm_loss_over_8192_tokens(void **state) {
     (void)state;
-    if (!getenv("URCHIN_TEST_SLOW")) {
-        print_message("skipped: set URCHIN_TEST_SLOW=1 to read 8,192 tokens (about a minute)\n");
-        skip();
-    }
     if (!smollm_base()) skip();
     struct safetensors *st = open_golden("smollm2-135m-hedgehog");
     int n;
