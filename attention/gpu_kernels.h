@@ -1,0 +1,88 @@
+/* gpu_kernels.h - what gpu_attention.c hands to the kernels: plain structs by value, and the functions that launch them. */
+#ifndef URCHIN_ATTENTION_GPU_KERNELS_H
+#define URCHIN_ATTENTION_GPU_KERNELS_H
+
+#include "compute/gpu.h"
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* One model's attention: configuration, layout of a slot, and where the slots are.  Field meanings: attention.h, internal.h. */
+struct gpu_shape {
+    int n_heads, n_kv_heads, group, state_heads; /* state_heads: states of a kv head, 1 or group */
+    int head_dim, lanes, f, f_lanes, features, phi_lanes;
+    int kind, map, mixing, window, kv_bf16;      /* enums of attention.h; kv_bf16: exact keys and values are bf16, not fp32 */
+    int window_size, sinks, cache, ring, entries, tiles;
+    int cache_recent, cache_age;
+    int64_t horizon, max_distance, max_seq_len;
+    int map_before_rope, rope;                   /* rope: there is one */
+    int exact;                                   /* read both planes, no bf16 products */
+    char *slots;
+    size_t slot_stride;
+    size_t states, keys, values, positions, turned;            /* offsets into a slot */
+    size_t S_floats, state_floats, keys_bytes, values_bytes;   /* of one state head; of one kv head */
+    const double *theta;                         /* [head_dim / 2] radians per position, or NULL */
+};
+
+struct gpu_layer { /* one layer's parameters, fp32, on the device; NULL where the kind has none */
+    int layer;
+    const float *map_q;      /* [n_heads][D][f_lanes] */
+    const float *map_k;      /* [n_kv_heads * state_heads][D][f_lanes] */
+    const float *map_q_bias; /* [n_heads][f_lanes] */
+    const float *map_k_bias;
+    const float *mix;        /* [n_heads] */
+};
+
+struct gpu_segment { /* consecutive rows of one sequence; with a terraced window, within one block */
+    int slot;        /* < 0: padding */
+    int first_row, n_rows;
+    int64_t position; /* of its first row */
+};
+
+struct gpu_rows { /* struct gpu_attention_rows, and the angles of each row */
+    const float *q, *k, *v;
+    size_t q_row, k_row, v_row;
+    void *y;
+    size_t y_row;
+    int y_bf16;
+    const float *cosines, *sines;         /* [rows][D / 2] */
+    const float *far_cosines, *far_sines; /* [D / 2] of max_distance */
+};
+
+/* Angles of every row of the segments, in double, rounded once: cosines, sines [rows][D / 2]. */
+void gpu_launch_angles(struct gpu *g, const struct gpu_shape *shape, const struct gpu_segment *segments, int n_segments,
+                       int max_rows, float *cosines, float *sines);
+
+/* The segments' keys and values enter the memory; a segment at the start of a block chooses the cache and folds first, one of a
+ * sliding or no window does at every row.  scratch: gpu_memory_scratch_bytes() each for n_segments * n_kv_heads.
+ * max_rows: the longest segment. */
+size_t gpu_memory_scratch_bytes(const struct gpu_shape *shape);
+void gpu_launch_append(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
+                       const struct gpu_segment *segments, int n_segments, int max_rows, const struct gpu_rows *rows,
+                       void *scratch);
+
+/* y of every row.  Any kind, map, mixing and shape; fp32 products. */
+void gpu_launch_answer(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
+                       const struct gpu_segment *segments, int n_segments, int max_rows, const struct gpu_rows *rows);
+
+/* Windows of one row a step (sliding, none): append and answer row after row of each segment, in one kernel. */
+void gpu_launch_row_by_row(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
+                           const struct gpu_segment *segments, int n_segments, const struct gpu_rows *rows, void *scratch);
+
+/* The same for the shapes that matter, fast: D = 64 or 128, F a multiple of 32 up to 256, terraced or softmax, bf16 keys, not
+ * exact.  False: not such a shape, nothing was done. */
+bool gpu_launch_decode(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
+                       const struct gpu_segment *segments, int n_segments, const struct gpu_rows *rows);
+bool gpu_launch_prefill(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
+                        const struct gpu_segment *segments, int n_segments, int max_rows, const struct gpu_rows *rows);
+
+/* The S of every state head of n slots: fp32 in place <-> planes, for saved states. */
+void gpu_launch_split(struct gpu *g, const struct gpu_shape *shape, int n_layers, void *slot);
+void gpu_launch_join(struct gpu *g, const struct gpu_shape *shape, int n_layers, void *slot);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,49 @@
+/* gpu_matrix.h - weight matrices on a device, and  Y = X W^T (+ bias)  over them: matrix.h's twin.
+ *
+ *   y[m][n] = bias[n] + sum_k x[m][k] W[n][k]
+ *
+ * A matrix holds the very values of the packed matrix it was made from (same fp16 scales, same integers).  Rows of X are fp32
+ * where weights are fp32, bf16 otherwise (int8 and int4 weights are widened to bf16 products, fp32 sums: activations are not
+ * quantised).
+ *
+ * Promise: y[m][:] depends on x[m][:], W and the path alone - not on n_rows, m or the other rows.  The two paths may
+ * differ in their last bits: rows of a prompt always take GPU_PROMPT (the library's GEMM, one algorithm per shape; int8 and
+ * int4 are widened to a bf16 matrix first), generated rows always GPU_GENERATED (our kernel, which reads the weights
+ * once per 64 rows, summing k in one fixed order). */
+#ifndef URCHIN_COMPUTE_GPU_MATRIX_H
+#define URCHIN_COMPUTE_GPU_MATRIX_H
+
+#include "compute/gpu.h"
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct matrix; /* matrix.h */
+struct gpu_matrix;
+enum gpu_path { GPU_PROMPT, GPU_GENERATED };
+
+/* Queues the copy of `from`, which may be freed once this returns.  ERR_NOMEM. */
+enum err gpu_matrix_new(struct gpu_matrix **out, struct gpu *g, const struct matrix *from);
+void gpu_matrix_free(struct gpu *g, struct gpu_matrix *w); /* NULL is fine */
+int gpu_matrix_n_out(const struct gpu_matrix *w);
+int gpu_matrix_n_in(const struct gpu_matrix *w);
+size_t gpu_matrix_bytes(const struct gpu_matrix *w);
+bool gpu_matrix_reads_bf16(const struct gpu_matrix *w); /* rows of X are bf16, not fp32 */
+
+/* Room for the widest matrix in bf16, for int8 and int4 weights on GPU_PROMPT: 2 n_out n_in bytes; 0 for the others. */
+size_t gpu_matmul_scratch_bytes(const struct gpu_matrix *w);
+
+/* Everything on the device; strides in elements of x and y.  bias [n_out] fp32 or NULL.  n_rows 0 does nothing.  x_stride and its
+ * row starts are multiples of 16 bytes. */
+void gpu_matmul(struct gpu *g, void *scratch, float *y, size_t y_stride, const void *x, size_t x_stride, int n_rows,
+                const struct gpu_matrix *w, const float *bias, enum gpu_path path);
+
+/* Rows of W as fp32: x[i][:] = W[index[i]][:], or zeros where index[i] < 0; index on the device. */
+void gpu_matrix_rows(struct gpu *g, float *x, const int32_t *index, int n, const struct gpu_matrix *w);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,56 @@
+/* gpu_sampler.h - from rows of logits to tokens on a device: the twin of scheduler/sampler.h, same order, same draws.
+ *
+ * logits -> + bias -> penalties -> bans -> (temperature 0: argmax, ties to the lower id) -> temperature -> top_k -> top_p ->
+ * min_p -> one draw with the uniform that the caller computed (sampler_uniform).  The kept set is drawn from in order of token
+ * id.  A row depends on its own logits and parameters alone. */
+#ifndef URCHIN_COMPUTE_GPU_SAMPLER_H
+#define URCHIN_COMPUTE_GPU_SAMPLER_H
+
+#include "compute/gpu.h"
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { GPU_SAMPLER_EDITS = 512 }; /* biases and bans of a row */
+enum { GPU_SAMPLER_TOP = 20 };    /* most logprobs of a row */
+
+struct gpu_draw {            /* one row, plain data, uploaded as it is */
+    int32_t counts_row;      /* row of the counts table, or -1: no penalties */
+    int32_t n_edits, first_edit; /* into the step's list of edits */
+    float temperature, top_p, min_p;
+    int32_t top_k;           /* 0: off */
+    float repetition_penalty, presence_penalty, frequency_penalty;
+    int32_t n_top;           /* logprobs wanted: -1 none, 0 the token's own, up to GPU_SAMPLER_TOP */
+    int32_t record;          /* add the token to the counts row, as output */
+    double uniform;          /* in [0, 1) */
+};
+struct gpu_edit {
+    int32_t token;
+    float bias; /* -INFINITY: banned (after the penalties); else added before them */
+};
+struct gpu_drawn {
+    int32_t token;
+    float logprob;                          /* log-softmax of the raw logits at token */
+    int32_t top_token[GPU_SAMPLER_TOP];     /* n_top best, falling, ties to the lower id */
+    float top_logprob[GPU_SAMPLER_TOP];
+};
+
+struct gpu_sampler;
+/* counts: n_count_rows x vocab_size of 2 bytes on the device (bit 0 in the prompt, the rest times in the output). */
+enum err gpu_sampler_new(struct gpu_sampler **out, struct gpu *g, int vocab_size, int max_rows, int n_count_rows);
+void gpu_sampler_free(struct gpu_sampler *s);
+void gpu_sampler_clear_counts(struct gpu_sampler *s, int row);
+void gpu_sampler_copy_counts(struct gpu_sampler *s, int dst, int src);
+void gpu_sampler_add_prompt(struct gpu_sampler *s, int row, const int32_t *tokens, int n); /* host tokens; queued */
+
+/* Queues the draws of n rows: logits fp32 on the device, row i at logits + i * vocab_size.  draws and edits are host memory
+ * (copied before return).  *drawn [n] is readable after gpu_wait(), until the next call. */
+void gpu_sample(struct gpu_sampler *s, const float *logits, const struct gpu_draw *draws, int n, const struct gpu_edit *edits,
+                int n_edits, const struct gpu_drawn **drawn);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
