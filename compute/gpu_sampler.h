@@ -17,6 +17,7 @@ enum { GPU_SAMPLER_EDITS = 512 }; /* biases and bans of a row */
 enum { GPU_SAMPLER_TOP = 20 };    /* most logprobs of a row */
 
 struct gpu_draw {            /* one row, plain data, uploaded as it is */
+    int32_t row;             /* of the logits; several draws may read one */
     int32_t counts_row;      /* row of the counts table, or -1: no penalties */
     int32_t n_edits, first_edit; /* into the step's list of edits */
     float temperature, top_p, min_p;

@@ -59,7 +59,7 @@ static const struct row rows[] = {
     {"prompt", TEXT, AT(prompt), RUN, NULL, 0, 0, 0, "PROMPT", "what to answer; none: a chat on the terminal"},
 
     {"base", TEXT, AT(base), ALL, NULL, 0, 0, 0, "FILE", "base model of an adapter, instead of the one found by its digest"},
-    {"device", CHOICE, AT(device), ALL, "auto", 0, 0, 0, "auto|cpu", "where the model runs (this version knows the CPU)"},
+    {"device", CHOICE, AT(device), ALL, "auto", 0, 0, 0, "auto|cpu|cuda", "where the model runs; auto: the GPU where there is one, else the CPU"},
     {"weights", CHOICE, AT(weights), ALL, "auto", 0, 0, 0, "auto|fp32|bf16|int8|int4", "precision of the weights; auto: near to the file's own"},
     {"kv-type", CHOICE, AT(kv_type), ALL, "bf16", 0, 0, 0, "bf16|fp32", "precision of exact keys and values"},
     {"chat-template", CHOICE, AT(chat_template), ALL, NULL, 0, 0, 0, "chatml|llama2|llama3|mistral|phi3|gemma|zephyr|none", "chat format, instead of the one recognised in the model's own template"},

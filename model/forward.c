@@ -94,6 +94,7 @@ static enum err lay_out(struct model *m, const struct model_run *runs, int n_run
         int64_t position = model_slot_position(m, r->slot);
         if (m->info.max_seq_len && position + r->n_rows > m->info.max_seq_len) return ERR_ARG;
         m->slot_step[r->slot] = m->step;
+        if (r->generated && r->n_rows != 1) return ERR_ARG;
         m->runs[i] = (struct attention_run){
             .slot = model_slot(m, r->slot), .first_row = n_rows, .n_rows = r->n_rows};
         for (int k = 0; k < r->n_rows; k++) {
@@ -129,6 +130,7 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
     const struct weights *w = m->weights;
     int n_rows, n_logits;
     if (lay_out(m, runs, n_runs, &n_rows, &n_logits)) return ERR_ARG;
+    if (m->gpu) return gpu_model_step(m->gpu, runs, n_runs, NULL, NULL, logits);
 
     size_t hidden = (size_t)c->hidden_dim, q = (size_t)(c->n_heads * c->head_dim),
            kv = (size_t)(c->n_kv_heads * c->head_dim);
@@ -158,4 +160,22 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
            w->head, NULL);
     *logits = m->logits;
     return OK;
+}
+
+bool model_draws(const struct model *m) {
+    return m->gpu != NULL;
+}
+
+void model_count_prompt(struct model *m, int slot, const int32_t *tokens, int n) {
+    gpu_model_count_prompt(m->gpu, slot, tokens, n);
+}
+
+enum err model_step_draw(struct model *m, const struct model_run *runs, int n_runs,
+                         const struct model_draws *draws, const struct gpu_drawn **drawn,
+                         const float **logits) {
+    int n_rows, n_logits;
+    if (!m->gpu || lay_out(m, runs, n_runs, &n_rows, &n_logits)) return ERR_ARG;
+    for (int i = 0; i < draws->n; i++)
+        if (draws->draws[i].row < 0 || draws->draws[i].row >= n_logits) return ERR_ARG;
+    return gpu_model_step(m->gpu, runs, n_runs, draws, drawn, logits);
 }

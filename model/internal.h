@@ -4,6 +4,7 @@
 
 #include "model/base.h"
 #include "model/converted.h"
+#include "model/gpu_model.h"
 #include "model/model.h"
 #include "model/weights.h"
 
@@ -16,10 +17,11 @@ struct model {
     struct tokenizer *tokenizer;
     struct chat *chat;
     struct converted *converted; /* NULL: none; attention borrows its maps */
-    struct weights *weights;
+    struct weights *weights; /* NULL once they are on a GPU */
     struct rope *rope;
     struct attention *attention;
-    struct team *team; /* borrowed */
+    struct team *team;     /* borrowed */
+    struct gpu_model *gpu; /* NULL: the CPU runs the model; else slots and all buffers of a step but runs are its own */
 
     char *slots; /* [n_slots] blocks of slot_stride bytes, one mapping */
     size_t slot_stride;

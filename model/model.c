@@ -33,6 +33,7 @@ struct opening {
     const struct model_options *options;
     struct model *m;
     struct base *base; /* only while opening */
+    struct gpu *gpu;   /* until the device's model takes it */
     size_t budget;     /* bytes for all slots */
     char *msg;
     size_t msg_len;
@@ -189,6 +190,30 @@ static enum err fit_context(struct opening *o) {
     return e;
 }
 
+/* How many slots there are to be: as asked, or as many as fit; on a GPU it is known only once its
+ * weights are there. */
+static enum err count_slots(struct opening *o, size_t available) {
+    const struct model_options *options = o->options;
+    struct model *m = o->m;
+    size_t n = options->n_slots ? (size_t)options->n_slots : o->budget / m->slot_stride;
+    if (!options->n_slots) n = n < 1 ? 1 : n > MAX_AUTO_SLOTS ? MAX_AUTO_SLOTS : n;
+    if (n > available / m->slot_stride)
+        return err_set(
+            o->msg, o->msg_len, ERR_NOMEM,
+            "%zu sequences of %.1f MB do not fit in the %.1f MB of memory that are free: "
+            "ask for fewer, or for a shorter max sequence length",
+            n, (double)m->slot_stride / 1e6, (double)available / 1e6);
+    m->info.n_slots = (int)n;
+    return OK;
+}
+
+/* Bytes that the weights will take, near enough to size a softmax cache before they are there. */
+static size_t weight_bytes_ahead(const struct opening *o) {
+    static const double bytes_each[] = {
+        [WEIGHT_FP32] = 4, [WEIGHT_BF16] = 2, [WEIGHT_INT8] = 1.1, [WEIGHT_INT4] = 0.7};
+    return (size_t)((double)base_n_params(o->base) * bytes_each[o->m->info.weights]);
+}
+
 static enum err size_slots(struct opening *o) {
     const struct model_options *options = o->options;
     struct model *m = o->m;
@@ -196,7 +221,14 @@ static enum err size_slots(struct opening *o) {
     size_t available = budget_available();
     int most = options->n_slots ? options->n_slots : MAX_AUTO_SLOTS;
     m->max_runs = most < m->max_rows ? most : m->max_rows; /* a run has a row at least */
-    o->budget = options->memory_budget ? options->memory_budget : available / 4;
+    if (o->gpu) {
+        size_t weights = weight_bytes_ahead(o);
+        available = gpu_model_device_free_bytes(o->gpu);
+        available = available > weights ? available - weights : 0;
+    }
+    o->budget = options->memory_budget ? options->memory_budget
+                : o->gpu               ? available / 10 * 9
+                                       : available / 4;
 
     if (m->config.architecture == BASE_GPT2 && options->max_seq_len > m->config.context)
         return err_set(
@@ -214,15 +246,33 @@ static enum err size_slots(struct opening *o) {
     if (e) return err_set(o->msg, o->msg_len, e, "%s: %s", options->path, reason);
     e = a->kind == ATTENTION_SOFTMAX ? fit_context(o) : new_attention(o);
     if (e) return e;
-    size_t n = options->n_slots ? (size_t)options->n_slots : o->budget / m->slot_stride;
-    if (!options->n_slots) n = n < 1 ? 1 : n > MAX_AUTO_SLOTS ? MAX_AUTO_SLOTS : n;
-    if (n > available / m->slot_stride)
-        return err_set(
-            o->msg, o->msg_len, ERR_NOMEM,
-            "%zu sequences of %.1f MB do not fit in the %.1f MB of memory that are free: "
-            "ask for fewer, or for a shorter max sequence length",
-            n, (double)m->slot_stride / 1e6, (double)available / 1e6);
-    m->info.n_slots = (int)n;
+    return o->gpu ? OK : count_slots(o, available);
+}
+
+/* Weights, slots and scratch of the device; what the CPU packed is given back. */
+static enum err move_to_gpu(struct opening *o) {
+    struct model *m = o->m;
+    struct gpu_model_options options = {
+        .name = o->options->path,
+        .gpu = o->gpu,
+        .base = &m->config,
+        .weights = m->weights,
+        .twin = m->attention,
+        .n_slots = o->options->n_slots,
+        .memory_budget = o->options->memory_budget,
+        .max_rows = m->max_rows,
+        .max_logits = m->max_logits,
+        .max_runs = m->max_runs,
+    };
+    o->gpu = NULL; /* taken */
+    progress(o, "moving weights to the GPU", 0);
+    enum err e = gpu_model_new(&m->gpu, &options, o->msg, o->msg_len);
+    if (e) return e;
+    m->info.n_slots = gpu_model_n_slots(m->gpu);
+    m->slot_stride = gpu_model_slot_bytes(m->gpu);
+    weights_free(m->weights);
+    m->weights = NULL;
+    progress(o, "moving weights to the GPU", 1);
     return OK;
 }
 
@@ -234,21 +284,28 @@ static enum err take_slots(struct opening *o) {
 }
 
 /* ---- the rest ---- */
+/* What laying out a step needs, wherever it runs. */
+static enum err take_step(struct opening *o) {
+    struct model *m = o->m;
+    size_t rows = (size_t)m->max_rows, slots = (size_t)m->info.n_slots;
+    m->runs = calloc((size_t)m->max_runs, sizeof *m->runs);
+    m->slot_step = calloc(slots, sizeof *m->slot_step);
+    m->tokens = calloc(rows, sizeof *m->tokens);
+    m->positions = calloc(rows, sizeof *m->positions);
+    m->logit_rows = calloc((size_t)m->max_logits, sizeof *m->logit_rows);
+    bool all = m->runs && m->slot_step && m->tokens && m->positions && m->logit_rows;
+    return all ? OK : no_memory(o);
+}
+
 static enum err take_scratch(struct opening *o) {
     struct model *m = o->m;
     const struct base_config *c = &m->config;
-    size_t rows = (size_t)m->max_rows, logits = (size_t)m->max_logits,
-           slots = (size_t)m->info.n_slots;
+    size_t rows = (size_t)m->max_rows, logits = (size_t)m->max_logits;
     size_t hidden = (size_t)c->hidden_dim, q = (size_t)(c->n_heads * c->head_dim),
            kv = (size_t)(c->n_kv_heads * c->head_dim);
     size_t gate_up = (size_t)matrix_n_out(m->weights->layers[0].gate_up);
     int widest = c->ffn_dim > c->hidden_dim ? c->ffn_dim : c->hidden_dim;
     if ((int)q > widest) widest = (int)q;
-    m->runs = calloc((size_t)m->max_runs, sizeof *m->runs);
-    m->slot_step = calloc(slots, sizeof *m->slot_step);
-    m->tokens = calloc(rows, sizeof *m->tokens);
-    m->positions = calloc(rows, sizeof *m->positions);
-    m->logit_rows = calloc(logits, sizeof *m->logit_rows);
     m->x = calloc(rows * hidden, sizeof(float));
     m->normed = calloc(rows * hidden, sizeof(float));
     m->delta = calloc(rows * hidden, sizeof(float));
@@ -256,8 +313,7 @@ static enum err take_scratch(struct opening *o) {
     m->y = calloc(rows * q, sizeof(float));
     m->ffn = calloc(rows * gate_up, sizeof(float));
     m->logits = calloc(logits * (size_t)c->vocab_size, sizeof(float));
-    if (!m->runs || !m->slot_step || !m->tokens || !m->positions || !m->logit_rows || !m->x ||
-        !m->normed || !m->delta || !m->qkv || !m->y || !m->ffn || !m->logits ||
+    if (!m->x || !m->normed || !m->delta || !m->qkv || !m->y || !m->ffn || !m->logits ||
         matmul_scratch_new(&m->scratch, m->max_rows, widest))
         return no_memory(o);
     return OK;
@@ -303,9 +359,8 @@ static void fill_info(struct opening *o) {
     i->context = c->context;
     i->measured_to =
         m->converted && m->converted->measured_to ? m->converted->measured_to : c->context;
-    i->weights = m->weights->type;
-    i->weight_bytes =
-        m->weights->bytes + (m->converted ? (size_t)m->converted->n_map_params * sizeof(float) : 0);
+    i->weight_bytes = m->gpu ? gpu_model_weight_bytes(m->gpu) : m->weights->bytes;
+    if (m->converted) i->weight_bytes += (size_t)m->converted->n_map_params * sizeof(float);
     i->n_params = base_n_params(o->base) + (m->converted ? m->converted->n_map_params : 0);
     i->slot_bytes = m->slot_stride;
     i->state_bytes = attention_state_bytes(m->attention, i->max_seq_len);
@@ -332,10 +387,23 @@ static enum err check_options(const struct model_options *o, char *msg, size_t m
     return OK;
 }
 
+/* The GPU that is to run the model, if one is; early, for the sentence why not should not wait for
+ * the weights. */
+static enum err choose_device(struct opening *o) {
+    enum device device = o->options->device;
+    o->m->info.device = "cpu";
+    if (device == DEVICE_CPU) return OK;
+    enum err e = gpu_model_device(&o->gpu, o->msg, o->msg_len);
+    if (e == ERR_NO_CUDA && device == DEVICE_AUTO) return OK;
+    if (!e) o->m->info.device = gpu_model_device_name(o->gpu);
+    return e;
+}
+
 static enum err open_model(struct opening *o) {
     const struct model_options *options = o->options;
     struct model *m = o->m;
-    enum err e = open_files(o);
+    enum err e = choose_device(o);
+    if (!e) e = open_files(o);
     if (!e) e = take_name(o);
     if (e) return e;
     if (m->converted)
@@ -350,13 +418,18 @@ static enum err open_model(struct opening *o) {
     if (m->config.architecture == BASE_LLAMA &&
         (e = rope_new(&m->rope, &m->config.rope, o->msg, o->msg_len)))
         return e;
+    m->info.weights = options->weights == WEIGHTS_AUTO ? base_natural_weights(o->base)
+                                                       : (enum weight_type)options->weights;
     if ((e = open_tokenizer(o)) || (e = size_slots(o))) return e;
-    int type =
-        options->weights == WEIGHTS_AUTO ? (int)base_natural_weights(o->base) : options->weights;
-    e = weights_load(&m->weights, o->base, m->converted, (enum weight_type)type, m->team,
+    e = weights_load(&m->weights, o->base, m->converted, m->info.weights, m->team,
                      options->progress, options->progress_arg, o->msg, o->msg_len);
-    if (!e) e = take_slots(o);
-    if (!e) e = take_scratch(o);
+    if (o->gpu) {
+        if (!e) e = move_to_gpu(o);
+    } else {
+        if (!e) e = take_slots(o);
+        if (!e) e = take_scratch(o);
+    }
+    if (!e) e = take_step(o);
     if (!e) e = gather_eos(o);
     if (!e) fill_info(o);
     if (m->converted) converted_drop_files(m->converted);
@@ -378,6 +451,7 @@ enum err model_open(struct model **out, const struct model_options *options, cha
     o.m->max_logits = options->max_logits;
     e = open_model(&o);
     base_close(o.base);
+    gpu_model_device_close(o.gpu);
     if (e)
         model_close(o.m);
     else
@@ -387,13 +461,14 @@ enum err model_open(struct model **out, const struct model_options *options, cha
 
 void model_close(struct model *m) {
     if (!m) return;
+    gpu_model_free(m->gpu);       /* borrows the attention */
     attention_free(m->attention); /* borrows rope and the converted maps */
     rope_free(m->rope);
     weights_free(m->weights);
     converted_close(m->converted);
     chat_free(m->chat); /* borrows the tokenizer */
     tokenizer_free(m->tokenizer);
-    memory_unmap(m->slots, (size_t)m->info.n_slots * m->slot_stride);
+    if (m->slots) memory_unmap(m->slots, (size_t)m->info.n_slots * m->slot_stride);
     matmul_scratch_free(m->scratch);
     void *blocks[] = {m->name,       m->base_path, m->eos_ids, m->slot_ready,
                       m->runs,       m->slot_step, m->tokens,  m->positions,
@@ -430,20 +505,28 @@ struct attention *model_attention(struct model *m) {
     return m->attention;
 }
 void *model_slot(struct model *m, int slot) {
-    return slot_at(m, slot);
+    return m->gpu ? NULL : slot_at(m, slot);
 }
 
 void model_slot_clear(struct model *m, int slot) {
-    m->slot_ready[slot] = false;
+    if (m->gpu)
+        gpu_model_slot_clear(m->gpu, slot);
+    else
+        m->slot_ready[slot] = false;
 }
 
 void model_slot_copy(struct model *m, int dst, int src) {
     if (dst == src) return;
+    if (m->gpu) {
+        gpu_model_slot_copy(m->gpu, dst, src);
+        return;
+    }
     attention_slot_copy(m->attention, m->slots + (size_t)dst * m->slot_stride, slot_at(m, src));
     m->slot_ready[dst] = true;
 }
 
 int64_t model_slot_position(const struct model *m, int slot) {
+    if (m->gpu) return gpu_model_slot_position(m->gpu, slot);
     return m->slot_ready[slot] ? attention_slot_position(m->attention, slot_at(m, slot)) : 0;
 }
 
@@ -451,12 +534,15 @@ size_t model_slot_state_bytes(const struct model *m, int slot) {
     return attention_state_bytes(m->attention, model_slot_position(m, slot));
 }
 
-void model_slot_save(const struct model *m, int slot, void *out) {
+enum err model_slot_save(const struct model *m, int slot, void *out) {
+    if (m->gpu) return gpu_model_slot_save(m->gpu, slot, out);
     attention_state_save(m->attention, out, slot_at(m, slot));
+    return OK;
 }
 
 enum err model_slot_load(struct model *m, int slot, const void *state, size_t bytes, char *msg,
                          size_t msg_len) {
+    if (m->gpu) return gpu_model_slot_load(m->gpu, slot, state, bytes, msg, msg_len);
     enum err e = attention_state_load(m->attention, slot_at(m, slot), state, bytes, msg, msg_len);
     if (e) m->slot_ready[slot] = false; /* whatever was half loaded */
     return e;

@@ -7,16 +7,19 @@
 #define URCHIN_MODEL_MODEL_H
 
 #include "attention/attention.h"
+#include "compute/gpu_sampler.h"
 #include "compute/matrix.h"
 #include "compute/team.h"
 #include "config/err.h"
 #include "model/chat.h"
 #include "model/tokenizer.h"
 
+enum device { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA }; /* auto: the GPU where there is one, else the CPU */
 enum { WEIGHTS_AUTO = -1 }; /* fp32 files: fp32; fp16 and bf16 files: bf16; anything quantised: int8 */
 
 struct model_options {
     const char *path;          /* folder or GGUF file */
+    enum device device;
     const char *base;          /* another base for an adapter, or NULL; a digest that differs is a warning naming both */
     int weights;               /* enum weight_type or WEIGHTS_AUTO */
     enum kv_type kv_type;      /* exact keys and values */
@@ -24,7 +27,7 @@ struct model_options {
     int max_rows;              /* rows of one step */
     int max_logits;            /* rows of one step that ask for logits */
     int n_slots;               /* 0: as many as memory_budget holds (at least 1, at most 256) */
-    size_t memory_budget;      /* bytes for slots when n_slots is 0; 0: a quarter of available memory */
+    size_t memory_budget;      /* bytes for slots when n_slots is 0; 0: a quarter of available memory, nine tenths of a GPU's */
     int cache_size, cache_recent, cache_age; /* -1: as the file says */
     int64_t max_distance, horizon;           /* -1: as the file says (tests and research) */
     const char *chat_template; /* family name or NULL */
@@ -35,6 +38,7 @@ struct model_options {
 void model_options_init(struct model_options *options); /* every field as documented above; kv_type bf16, max_rows 256, max_logits 32 */
 
 struct model_info {
+    const char *device;        /* "cpu", or the GPU's name */
     const char *name;          /* urchin.json's name, else the file's or folder's */
     const char *architecture;  /* "llama", "gpt2" */
     int n_layers, hidden_dim, ffn_dim, vocab_size;
@@ -63,7 +67,7 @@ void model_slot_clear(struct model *m, int slot);
 void model_slot_copy(struct model *m, int dst, int src);
 int64_t model_slot_position(const struct model *m, int slot);
 size_t model_slot_state_bytes(const struct model *m, int slot);
-void model_slot_save(const struct model *m, int slot, void *out);
+enum err model_slot_save(const struct model *m, int slot, void *out); /* ERR_DEVICE */
 enum err model_slot_load(struct model *m, int slot, const void *state, size_t bytes, char *msg, size_t msg_len);
 
 /* ---- a step ---- */
@@ -72,13 +76,34 @@ struct model_run {
     int n_rows;            /* >= 1 next tokens of the slot's sequence */
     const int32_t *tokens; /* [n_rows], each in [0, vocab_size) */
     int n_logits;          /* the last n_logits rows ask for logits, 0 .. n_rows */
+    bool generated;        /* one row whose token the model itself drew, not one of a prompt: a GPU reads it by other kernels, so
+                            * who wants the same bits again says the same again.  The CPU makes no difference. */
 };
 
 /* Reads all runs' tokens.  *logits [sum of n_logits][vocab_size] fp32 in run and row order, borrowed until the next
  * step.  ERR_ARG: a bound of model_options or max_seq_len broken, nothing done.  Allocates nothing. */
 enum err model_step(struct model *m, const struct model_run *runs, int n_runs, const float **logits);
 
-/* Evaluation and tests, between steps: see attention.h.  For loading golden cache sets and ablations. */
+/* ---- draws on the device, where the model can ---- */
+bool model_draws(const struct model *m); /* on a GPU; the three functions below are for such models only */
+
+/* The penalties of the slot's sequence count from here: the prompt's tokens, then what is drawn with draw.record.
+ * model_slot_copy copies the counts too. */
+void model_count_prompt(struct model *m, int slot, const int32_t *tokens, int n);
+
+struct model_draws {
+    const struct gpu_draw *draws; /* [n]; draw.row counts the step's rows of logits in order, draw.counts_row is a slot */
+    int n;
+    const struct gpu_edit *edits;
+    int n_edits;
+};
+/* A step whose logits stay on the device: *drawn [draws->n], borrowed until the next step.  logits: as model_step, or NULL:
+ * not wanted. */
+enum err model_step_draw(struct model *m, const struct model_run *runs, int n_runs, const struct model_draws *draws,
+                         const struct gpu_drawn **drawn, const float **logits);
+
+/* Evaluation and tests, between steps: see attention.h.  For loading golden cache sets and ablations.  On a GPU model_attention is
+ * the twin that holds configuration and layout, and model_slot is NULL. */
 struct attention *model_attention(struct model *m);
 void *model_slot(struct model *m, int slot); /* the slot's block, for attention_* calls */
 

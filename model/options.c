@@ -16,6 +16,9 @@ enum kv_type kv_type_named(const char *name) {
 void model_options_set(struct model_options *o, const struct settings *s) {
     model_options_init(o);
     o->path = s->model;
+    o->device = !strcmp(s->device, "cuda")  ? DEVICE_CUDA
+                : !strcmp(s->device, "cpu") ? DEVICE_CPU
+                                            : DEVICE_AUTO;
     o->base = s->base;
     o->weights = weights_named(s->weights);
     o->kv_type = kv_type_named(s->kv_type);
