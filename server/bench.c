@@ -164,7 +164,7 @@ static enum err measure_decode(struct bench *b, struct point *p, int source,
                                struct model_run *runs) {
     for (int i = 0; i < p->batch; i++) {
         model_slot_copy(b->model, i, source);
-        runs[i] = (struct model_run){.slot = i, .n_rows = 1, .n_logits = 1};
+        runs[i] = (struct model_run){.slot = i, .n_rows = 1, .n_logits = 1, .generated = true};
     }
     for (int64_t t = 0; t < p->n; t++) {
         for (int i = 0; i < p->batch; i++)

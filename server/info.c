@@ -64,6 +64,7 @@ cJSON *served_meta(const struct model *model) {
     add_number(m, "measured_to", (double)i->measured_to);
     json_add(m, "max_seq_len",
              i->max_seq_len ? cJSON_CreateNumber((double)i->max_seq_len) : cJSON_CreateNull());
+    add_text(m, "device", i->device);
     add_text(m, "weights", weight_type_name(i->weights));
     add_number(m, "size", (double)i->weight_bytes);
     add_number(m, "slot_bytes", (double)i->slot_bytes);
@@ -113,8 +114,12 @@ static void print_info(const struct model *model) {
         printf("base          %s\n              sha256 %s\n", i->base_path, i->base_sha256);
     print_attention(&i->attention);
     printf("chat format   %s\n", chat_family_name(chat_family(model_chat(model))));
-    printf("weights       %s, %s; kernels %s\n", weight_type_name(i->weights),
-           size_text(weights, sizeof weights, (double)i->weight_bytes), cpu_isa_name(cpu_isa()));
+    printf("weights       %s, %s\n", weight_type_name(i->weights),
+           size_text(weights, sizeof weights, (double)i->weight_bytes));
+    if (model_draws(model))
+        printf("device        %s\n", i->device);
+    else
+        printf("device        cpu; kernels %s\n", cpu_isa_name(cpu_isa()));
     printf("a sequence    %s in a slot, %s saved%s\n",
            size_text(slot, sizeof slot, (double)i->slot_bytes),
            size_text(state, sizeof state, (double)i->state_bytes),

@@ -55,15 +55,16 @@ static enum err append(struct talk *t, const int32_t *ids, size_t n) {
     return OK;
 }
 
-/* Reads what is unread; Ctrl-C leaves the rest for the next turn. */
-static enum err read_on(struct talk *t) {
+/* Reads what is unread, or the one token just drawn; Ctrl-C leaves the rest for the next turn. */
+static enum err read_on(struct talk *t, bool drawn) {
     int64_t limit = t->info->max_seq_len;
     if (limit && model_slot_position(t->model, 0) + (int64_t)t->n_unread > limit)
         return fail(t, ERR_ARG, "the model's longest sequence is reached (see --max-seq-len)");
     while (t->n_unread && !t->stopped) {
         size_t chunk = (size_t)t->settings->prefill_chunk;
         int rows = (int)(t->n_unread < chunk ? t->n_unread : chunk);
-        struct model_run run = {.n_rows = rows, .tokens = t->unread, .n_logits = 1};
+        struct model_run run = {
+            .n_rows = rows, .tokens = t->unread, .n_logits = 1, .generated = drawn};
         enum err err = model_step(t->model, &run, 1, &t->logits);
         if (err) return fail(t, err, "the model's step failed");
         t->n_unread -= (size_t)rows;
@@ -95,7 +96,7 @@ static enum err generate(struct talk *t) {
     size_t shown = 0;
     enum err err = OK;
     for (int64_t i = 0; s->max_tokens < 0 || i < s->max_tokens; i++) {
-        err = read_on(t);
+        err = read_on(t, i > 0);
         if (err || t->stopped) break;
         int32_t token = sample(t->sampler, t->logits, &t->sampling, NULL, NULL, 0, 0, t->n_drawn++);
         if (ends_text(t, token)) break;

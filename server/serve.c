@@ -138,6 +138,7 @@ static void announce(void *arg) {
     printf("model     %s: %.1f M parameters as %s, %s attention\n", served->name,
            (double)info->n_params / 1e6, weight_type_name(info->weights),
            info->attention.kind == ATTENTION_SOFTMAX ? "softmax" : "hedgehog");
+    if (model_draws(served->model)) printf("device    %s\n", info->device);
     printf("slots     %d sequences of %.2f MiB each%s\n", info->n_slots,
            (double)info->slot_bytes / (1 << 20),
            info->attention.kind == ATTENTION_SOFTMAX ? "" : ", whatever their length");
@@ -152,9 +153,9 @@ static void announce(void *arg) {
     if (!chat)
         log_event(LOG_WARN, "no_chat_template",
                   "chat messages are joined by line ends (see --chat-template)");
-    log_event(LOG_INFO, "ready", "model=%s weights=%s slots=%d slot_bytes=%zu address=%s",
-              served->name, weight_type_name(info->weights), info->n_slots, info->slot_bytes,
-              server->address);
+    log_event(LOG_INFO, "ready", "model=%s device=%s weights=%s slots=%d slot_bytes=%zu address=%s",
+              served->name, info->device, weight_type_name(info->weights), info->n_slots,
+              info->slot_bytes, server->address);
 }
 
 int serve_main(const struct settings *settings, struct team *team) {

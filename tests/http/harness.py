@@ -53,12 +53,18 @@ class Reply:
         return e
 
 
+def environment():
+    """What programs under test see: no setting of the user's, but the device that these tests are run on."""
+    kept = ("URCHIN_DEVICE", "URCHIN_EMULATED_BYTES", "URCHIN_CACHE")
+    return {k: v for k, v in os.environ.items() if not k.startswith("URCHIN_") or k in kept}
+
+
 class Server:
     """A running `urchin serve`; use it in a with statement."""
 
     def __init__(self, *args, model=MODEL, wait=True):
-        env = {k: v for k, v in os.environ.items() if not k.startswith("URCHIN_")}
-        env["URCHIN_CACHE"] = os.environ.get("URCHIN_CACHE", os.path.expanduser("~/.cache/urchin"))
+        env = environment()
+        env.setdefault("URCHIN_CACHE", os.path.expanduser("~/.cache/urchin"))
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [BINARY, "serve", model, "--port", "0", "--threads", "1", *args],

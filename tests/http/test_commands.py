@@ -14,9 +14,8 @@ from test_limits import big_model
 
 
 def command(*args, stdin=None):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("URCHIN_")}
-    return subprocess.run([harness.BINARY, *args], input=stdin, capture_output=True, text=True, env=env,
-                          timeout=60 * harness.PATIENCE)
+    return subprocess.run([harness.BINARY, *args], input=stdin, capture_output=True, text=True,
+                          env=harness.environment(), timeout=60 * harness.PATIENCE)
 
 
 class Terminal:
