@@ -100,6 +100,7 @@ struct sampler {
     float *logits;  /* [vocab_size] adjusted */
     float *weights; /* [vocab_size] exp((logit - highest) / temperature), by token */
     uint64_t *keys; /* [vocab_size] candidates */
+    uint64_t *kept; /* [vocab_size / 64, rounded up] a bit per token; zero between calls */
 };
 
 enum err sampler_new(struct sampler **out, int vocab_size) {
@@ -109,7 +110,8 @@ enum err sampler_new(struct sampler **out, int vocab_size) {
     s->logits = calloc((size_t)vocab_size, sizeof *s->logits);
     s->weights = calloc((size_t)vocab_size, sizeof *s->weights);
     s->keys = calloc((size_t)vocab_size, sizeof *s->keys);
-    if (!s->logits || !s->weights || !s->keys) {
+    s->kept = calloc((size_t)vocab_size / 64 + 1, sizeof *s->kept);
+    if (!s->logits || !s->weights || !s->keys || !s->kept) {
         sampler_free(s);
         return ERR_NOMEM;
     }
@@ -122,6 +124,7 @@ void sampler_free(struct sampler *s) {
     free(s->logits);
     free(s->weights);
     free(s->keys);
+    free(s->kept);
     free(s);
 }
 
@@ -254,6 +257,28 @@ static void select_top(struct sampler *s, const float *logits, int k) {
     select_prefix(s->keys, n, NULL, k);
 }
 
+/* Puts the n keys in order of token id (what they say of the logits is lost); returns the sum of
+ * their weights in that order. */
+static double order_by_token(struct sampler *s, int n) {
+    for (int i = 0; i < n; i++) {
+        int32_t token = token_of(s->keys[i]);
+        s->kept[token / 64] |= (uint64_t)1 << token % 64;
+    }
+    double sum = 0;
+    int out = 0;
+    for (int32_t word = 0; out < n; word++) {
+        uint64_t bits = s->kept[word];
+        if (!bits) continue;
+        s->kept[word] = 0;
+        for (; bits; bits &= bits - 1) {
+            int32_t token = word * 64 + __builtin_ctzll(bits);
+            sum += (double)s->weights[token];
+            s->keys[out++] = (uint32_t)~token;
+        }
+    }
+    return sum;
+}
+
 /* ---- sampling ---- */
 
 static void adjust(float *logits, const struct sampling *how, const struct token_counts *counts) {
@@ -268,17 +293,22 @@ static void adjust(float *logits, const struct sampling *how, const struct token
         uint32_t n = counts->marks[token] >> 1;
         float x = logits[token];
         x = x > 0 ? x / how->repetition_penalty : x * how->repetition_penalty;
-        x -= how->frequency_penalty * (float)n;
+        x = fmaf(-how->frequency_penalty, (float)n, x); /* the same bits on every machine */
         x -= n ? how->presence_penalty : 0;
         logits[token] = sane(x);
     }
 }
 
-/* Draws from the n tokens in keys, each as likely as its weight. */
-static int32_t draw(const struct sampler *s, int n, double u) {
-    double total = 0, sum = 0;
+static double mass(const struct sampler *s, int n) {
+    double sum = 0;
     for (int i = 0; i < n; i++)
-        total += (double)s->weights[token_of(s->keys[i])];
+        sum += (double)s->weights[token_of(s->keys[i])];
+    return sum;
+}
+
+/* Draws from the n tokens in keys, in order of id, each as likely as its weight. */
+static int32_t draw(const struct sampler *s, int n, double total, double u) {
+    double sum = 0;
     for (int i = 0; i < n; i++) {
         sum += (double)s->weights[token_of(s->keys[i])];
         if (sum > u * total) return token_of(s->keys[i]);
@@ -300,7 +330,9 @@ int32_t sample(struct sampler *s, const float *logits, const struct sampling *ho
 
     int n;
     double total = 0;
-    if (how->top_k > 0 && how->top_k < n_vocab) { /* weights of the k only */
+    bool has_top_k = how->top_k > 0 && how->top_k < n_vocab;
+    bool selected = has_top_k || how->top_p < 1; /* else the keys stay in order of id */
+    if (has_top_k) {                             /* weights of the k only */
         n = how->top_k;
         select_top(s, x, n);
         for (int i = 0; i < n; i++) {
@@ -325,7 +357,9 @@ int32_t sample(struct sampler *s, const float *logits, const struct sampling *ho
             if (w[token_of(s->keys[i])] >= how->min_p) s->keys[kept++] = s->keys[i];
         n = kept;
     }
-    int32_t token = draw(s, n, sampler_uniform(how->seed, (uint32_t)choice, (uint64_t)index));
+    total = selected ? order_by_token(s, n) : mass(s, n);
+    int32_t token =
+        draw(s, n, total, sampler_uniform(how->seed, (uint32_t)choice, (uint64_t)index));
     return token >= 0 ? token : argmax(x, n_vocab);
 }
 
