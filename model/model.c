@@ -16,6 +16,7 @@ enum { MAX_AUTO_SLOTS = 256 };
 
 void model_options_init(struct model_options *o) {
     *o = (struct model_options){
+        .device = DEVICE_CPU,
         .weights = WEIGHTS_AUTO,
         .kv_type = KV_BF16,
         .max_rows = 256,

@@ -35,7 +35,7 @@ struct model_options {
     void (*progress)(void *arg, const char *what, double fraction); /* may be NULL; from the opening thread */
     void *progress_arg;
 };
-void model_options_init(struct model_options *options); /* every field as documented above; kv_type bf16, max_rows 256, max_logits 32 */
+void model_options_init(struct model_options *options); /* every field as documented above; the CPU, kv_type bf16, max_rows 256, max_logits 32 */
 
 struct model_info {
     const char *device;        /* "cpu", or the GPU's name */

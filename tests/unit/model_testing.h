@@ -77,7 +77,8 @@ static inline void read_tokens(struct model *m, int max_rows, int slot, const in
         int end = cuts && *cuts && *cuts < n ? *cuts : n;
         int rows = end - at < max_rows ? end - at : max_rows;
         const float *logits;
-        struct model_run run = {slot, rows, tokens + at, out ? rows : 0};
+        struct model_run run = {
+            .slot = slot, .n_rows = rows, .tokens = tokens + at, .n_logits = out ? rows : 0};
         assert_int_equal(model_step(m, &run, 1, &logits), OK);
         if (out) memcpy(out + (size_t)at * vocab, logits, (size_t)rows * vocab * sizeof *out);
         at += rows;

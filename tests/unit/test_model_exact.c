@@ -118,11 +118,12 @@ static void check_neighbours(const char *path, int weights) {
         struct model_run runs[3];
         int n = 0, logit_row = 0;
         if (before) {
-            runs[n++] = (struct model_run){0, before, tokens[1] + first, step % 2 ? before : 0};
+            runs[n++] =
+                (struct model_run){0, before, tokens[1] + first, step % 2 ? before : 0, false};
             logit_row = runs[0].n_logits;
         }
-        runs[n++] = (struct model_run){2, rows, tokens[0] + at, rows};
-        if (after) runs[n++] = (struct model_run){1, after, tokens[2] + last, 1};
+        runs[n++] = (struct model_run){2, rows, tokens[0] + at, rows, false};
+        if (after) runs[n++] = (struct model_run){1, after, tokens[2] + last, 1, false};
         const float *logits;
         assert_int_equal(model_step(m, runs, n, &logits), OK);
         memcpy(among + (size_t)at * vocab, logits + (size_t)logit_row * vocab,
@@ -195,7 +196,8 @@ static void check_saved(const char *path, int weights) {
     assert_true(model_slot_position(m, 0) == CUT && model_slot_position(m, 2) == CUT);
     for (int slot = 0; slot <= 2; slot += 2) {
         assert_int_equal(
-            model_step(m, &(struct model_run){slot, N - CUT, tokens + CUT, N - CUT}, 1, &logits),
+            model_step(m, &(struct model_run){slot, N - CUT, tokens + CUT, N - CUT, false}, 1,
+                       &logits),
             OK);
         if (memcmp(whole + CUT * vocab, logits, rest))
             fail_msg("%s, %s: slot %d goes on otherwise", path, formats[weights], slot);

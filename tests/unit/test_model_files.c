@@ -383,21 +383,22 @@ static void test_steps_out_of_bounds_change_nothing(void **state) {
         struct model_run runs[3];
         int n;
     } cases[] = {
-        {{{0, 1, tokens, 1}}, 0},
-        {{{0, 1, tokens, 1}}, -1},
-        {{{-1, 1, tokens, 1}}, 1},
-        {{{2, 1, tokens, 1}}, 1},
-        {{{0, 0, tokens, 0}}, 1},
-        {{{0, 9, tokens, 1}}, 1},
-        {{{0, 4, tokens, 1}, {1, 5, tokens, 1}}, 2},
-        {{{0, 5, tokens, 5}}, 1},
-        {{{0, 3, tokens, 3}, {1, 3, tokens, 2}}, 2},
-        {{{0, 1, tokens, 2}}, 1},
-        {{{0, 1, tokens, -1}}, 1},
-        {{{0, 1, tokens, 1}, {0, 1, tokens, 1}}, 2},
-        {{{1, 2, bad, 1}}, 1},
-        {{{1, 1, negative, 1}}, 1},
-        {{{0, 1, tokens, 0}, {1, 1, tokens, 0}, {0, 1, tokens, 0}}, 3},
+        {{{0, 1, tokens, 1, false}}, 0},
+        {{{0, 1, tokens, 1, false}}, -1},
+        {{{-1, 1, tokens, 1, false}}, 1},
+        {{{2, 1, tokens, 1, false}}, 1},
+        {{{0, 0, tokens, 0, false}}, 1},
+        {{{0, 9, tokens, 1, false}}, 1},
+        {{{0, 4, tokens, 1, false}, {1, 5, tokens, 1, false}}, 2},
+        {{{0, 5, tokens, 5, false}}, 1},
+        {{{0, 3, tokens, 3, false}, {1, 3, tokens, 2, false}}, 2},
+        {{{0, 1, tokens, 2, false}}, 1},
+        {{{0, 1, tokens, -1, false}}, 1},
+        {{{0, 2, tokens, 1, true}}, 1},
+        {{{0, 1, tokens, 1, false}, {0, 1, tokens, 1, false}}, 2},
+        {{{1, 2, bad, 1, false}}, 1},
+        {{{1, 1, negative, 1, false}}, 1},
+        {{{0, 1, tokens, 0, false}, {1, 1, tokens, 0, false}, {0, 1, tokens, 0, false}}, 3},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         if (model_step(m, cases[i].runs, cases[i].n, &logits) != ERR_ARG)
@@ -405,10 +406,10 @@ static void test_steps_out_of_bounds_change_nothing(void **state) {
         assert_ptr_equal(logits, &o);
         assert_true(model_slot_position(m, 0) == 0 && model_slot_position(m, 1) == 0);
     }
-    assert_int_equal(model_step(m, &(struct model_run){0, 8, tokens, 0}, 1, &logits), OK);
-    assert_int_equal(model_step(m, &(struct model_run){0, 3, tokens, 1}, 1, &logits),
+    assert_int_equal(model_step(m, &(struct model_run){0, 8, tokens, 0, false}, 1, &logits), OK);
+    assert_int_equal(model_step(m, &(struct model_run){0, 3, tokens, 1, false}, 1, &logits),
                      ERR_ARG); /* past max_seq_len */
-    assert_int_equal(model_step(m, &(struct model_run){0, 2, tokens, 1}, 1, &logits), OK);
+    assert_int_equal(model_step(m, &(struct model_run){0, 2, tokens, 1, false}, 1, &logits), OK);
     assert_true(model_slot_position(m, 0) == 10);
     model_slot_clear(m, 0);
     assert_true(model_slot_position(m, 0) == 0);
@@ -425,9 +426,10 @@ static void test_gpt2_ends_at_its_last_position(void **state) {
     struct model *m = open_with(&o);
     assert_true(model_info(m)->max_seq_len == CHECK_CONTEXT);
     assert_int_equal(
-        model_step(m, &(struct model_run){0, CHECK_CONTEXT + 1, tokens, 1}, 1, &logits), ERR_ARG);
-    assert_int_equal(model_step(m, &(struct model_run){0, CHECK_CONTEXT, tokens, 1}, 1, &logits),
-                     OK);
+        model_step(m, &(struct model_run){0, CHECK_CONTEXT + 1, tokens, 1, false}, 1, &logits),
+        ERR_ARG);
+    assert_int_equal(
+        model_step(m, &(struct model_run){0, CHECK_CONTEXT, tokens, 1, false}, 1, &logits), OK);
     model_close(m);
     o.max_seq_len = CHECK_CONTEXT + 1;
     assert_int_equal(model_open(&m, &o, msg, sizeof msg), ERR_ARG);

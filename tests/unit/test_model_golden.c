@@ -205,8 +205,8 @@ static void test_smollm_loss_over_8192_tokens(void **state) {
     double nll[8] = {0}, start = seconds();
     for (int at = 0; at < n; at += ROWS) {
         const float *logits;
-        assert_int_equal(model_step(m, &(struct model_run){0, ROWS, ids + at, ROWS}, 1, &logits),
-                         OK);
+        assert_int_equal(
+            model_step(m, &(struct model_run){0, ROWS, ids + at, ROWS, false}, 1, &logits), OK);
         for (int r = 0; r < ROWS && at + r + 1 < n; r++) {
             const float *l = logits + (size_t)r * (size_t)vocab;
             double most = l[0], sum = 0;

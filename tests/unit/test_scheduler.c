@@ -395,7 +395,7 @@ static void test_logprobs_are_those_of_the_model(void **state) {
     model_slot_clear(model, 0);
     for (size_t i = 0; i < n_story + N_NEW; i++) {
         const float *logits;
-        struct model_run run = {0, 1, &tokens[i], 1};
+        struct model_run run = {0, 1, &tokens[i], 1, false};
         assert_int_equal(model_step(model, &run, 1, &logits), OK);
         double sum = 0;
         int32_t best = 0;
