@@ -20,7 +20,7 @@ struct point { /* one line of the table */
     int n_seconds;
     size_t bytes;                /* decode: that a step has to read */
     double typical, median, p99; /* seconds of one repetition; of a decode step */
-    double bandwidth;            /* decode: bytes/s of plain reading */
+    double bandwidth;            /* decode on the CPU: bytes/s of plain reading */
 };
 
 struct bench {
@@ -31,6 +31,7 @@ struct bench {
     int64_t n_tokens;
     int64_t depths[MAX_POINTS], prompts[MAX_POINTS], batches[MAX_POINTS];
     int n_depths, n_prompts, n_batches;
+    struct gpu_draw *draws; /* [most] */
     int most; /* largest batch: slots 0 .. most - 1 are measured, slot most + i has read depths[i]
                */
     struct point *points;
@@ -160,6 +161,16 @@ static enum err measure_prefill(struct bench *b, struct point *p, int source) {
     return err;
 }
 
+/* One token for each of the runs.  A GPU draws them itself, as it does when it serves; the CPU's
+ * logits cost nothing to look at. */
+static enum err decode_step(struct bench *b, const struct model_run *runs, int batch) {
+    const float *logits;
+    const struct gpu_drawn *drawn;
+    if (!model_draws(b->model)) return model_step(b->model, runs, batch, &logits);
+    struct model_draws draws = {.draws = b->draws, .n = batch};
+    return model_step_draw(b->model, runs, batch, &draws, &drawn, NULL);
+}
+
 static enum err measure_decode(struct bench *b, struct point *p, int source,
                                struct model_run *runs) {
     for (int i = 0; i < p->batch; i++) {
@@ -169,9 +180,8 @@ static enum err measure_decode(struct bench *b, struct point *p, int source,
     for (int64_t t = 0; t < p->n; t++) {
         for (int i = 0; i < p->batch; i++)
             runs[i].tokens = b->tokens + (p->depth + t * p->batch + i) % b->n_tokens;
-        const float *logits;
         double begin = now();
-        enum err err = model_step(b->model, runs, p->batch, &logits);
+        enum err err = decode_step(b, runs, p->batch);
         double seconds = now() - begin;
         if (err)
             return err_set(b->msg, b->msg_len, err, "the model refused a step of %d sequences (%s)",
@@ -223,7 +233,7 @@ static void finish(struct bench *b, struct point *p) {
     int n = repeat * (int)p->n;
     p->median = median(p->seconds, n); /* sorts: last */
     p->p99 = p->seconds[(int)(0.99 * n)];
-    p->bandwidth = read_bandwidth(b->team, p->bytes);
+    if (!model_draws(b->model)) p->bandwidth = read_bandwidth(b->team, p->bytes);
 }
 
 static enum err measure(struct bench *b) {
@@ -238,7 +248,11 @@ static enum err measure(struct bench *b) {
         err = read_prompt(b, slot, b->depths[i] - model_slot_position(b->model, slot));
     }
     struct model_run *runs = calloc((size_t)b->most, sizeof *runs);
-    if (!runs && !err) err = err_set(b->msg, b->msg_len, ERR_NOMEM, "out of memory");
+    b->draws = calloc((size_t)b->most, sizeof *b->draws);
+    for (int i = 0; b->draws && i < b->most; i++) /* greedy */
+        b->draws[i] = (struct gpu_draw){
+            .row = i, .counts_row = -1, .top_p = 1, .repetition_penalty = 1, .n_top = -1};
+    if ((!runs || !b->draws) && !err) err = err_set(b->msg, b->msg_len, ERR_NOMEM, "out of memory");
     for (int r = 0; r < b->settings->repeat && !err; r++)
         for (int i = 0; i < b->n_points && !err; i++) {
             struct point *p = &b->points[i];
@@ -246,6 +260,7 @@ static enum err measure(struct bench *b) {
                             : measure_prefill(b, p, source_of(b, p));
         }
     free(runs);
+    free(b->draws);
     for (int i = 0; i < b->n_points && !err; i++)
         finish(b, &b->points[i]);
     return err;
@@ -279,9 +294,12 @@ static const struct point *first_of(const struct bench *b, const struct point *p
 
 static void print_table(const struct bench *b) {
     const struct model_info *info = model_info(b->model);
-    printf("%s: weights %s, %.1f MB; slot %.2f MB; %d threads, %s\n\n", info->name,
-           weight_type_name(info->weights), 1e-6 * (double)info->weight_bytes,
-           1e-6 * (double)info->slot_bytes, team_size(b->team), cpu_isa_name(cpu_isa()));
+    printf("%s: weights %s, %.1f MB; slot %.2f MB; ", info->name, weight_type_name(info->weights),
+           1e-6 * (double)info->weight_bytes, 1e-6 * (double)info->slot_bytes);
+    if (model_draws(b->model))
+        printf("%s\n\n", info->device);
+    else
+        printf("%d threads, %s\n\n", team_size(b->team), cpu_isa_name(cpu_isa()));
     printf("%-8s %6s %9s %10s %9s %9s %9s %8s %8s %9s\n", "test", "batch", "depth", "tokens/s",
            "median ms", "p99 ms", "MB/step", "GB/s", "of limit", "x depth 1");
     for (int i = 0; i < b->n_points; i++) {
@@ -291,8 +309,12 @@ static void print_table(const struct bench *b) {
         snprintf(name, sizeof name, "%s%lld", p->decode ? "tg" : "pp", (long long)p->n);
         printf("%-8s %6d %9lld %10.1f", name, p->batch, (long long)p->depth, l.tokens_per_s);
         if (p->decode)
-            printf(" %9.3f %9.3f %9.1f %8.1f %7.1f%%", l.median_ms, l.p99_ms,
-                   1e-6 * (double)p->bytes, 1e-6 * (double)p->bytes / l.median_ms, 100 * l.limit);
+            printf(" %9.3f %9.3f %9.1f %8.1f", l.median_ms, l.p99_ms, 1e-6 * (double)p->bytes,
+                   1e-6 * (double)p->bytes / l.median_ms);
+        if (p->decode && l.limit > 0)
+            printf(" %7.1f%%", 100 * l.limit);
+        else if (p->decode)
+            printf(" %8s", "-");
         else
             printf(" %9s %9s %9s %8s %8s", "", "", "", "", "");
         printf(" %9.3f\n", l.against_first);
@@ -306,6 +328,7 @@ static enum err print_json(struct bench *b) {
     cJSON_AddStringToObject(root, "weights", weight_type_name(info->weights));
     cJSON_AddNumberToObject(root, "weight_bytes", (double)info->weight_bytes);
     cJSON_AddNumberToObject(root, "slot_bytes", (double)info->slot_bytes);
+    cJSON_AddStringToObject(root, "device", model_info(b->model)->device);
     cJSON_AddNumberToObject(root, "threads", team_size(b->team));
     cJSON_AddStringToObject(root, "isa", cpu_isa_name(cpu_isa()));
     cJSON *list = cJSON_AddArrayToObject(root, "points");
@@ -324,6 +347,7 @@ static enum err print_json(struct bench *b) {
         cJSON_AddNumberToObject(o, "step_median_ms", l.median_ms);
         cJSON_AddNumberToObject(o, "step_p99_ms", l.p99_ms);
         cJSON_AddNumberToObject(o, "step_bytes", (double)p->bytes);
+        if (p->bandwidth <= 0) continue;
         cJSON_AddNumberToObject(o, "read_bandwidth", p->bandwidth);
         cJSON_AddNumberToObject(o, "of_limit", l.limit);
     }
