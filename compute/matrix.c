@@ -18,6 +18,8 @@ struct matrix {
     unsigned char *data; /* owned: [n_panels][panel_bytes], layout in kernels.h */
 };
 
+static_assert((int)MATRIX_BLOCK == (int)BLOCK, "matrix_get_block() tells whole blocks");
+
 static size_t round_up(size_t n, size_t to) {
     return (n + to - 1) / to * to;
 }
@@ -199,35 +201,58 @@ void matrix_set_rows(struct matrix *m, int first, int n_rows, const float *w) {
         set_row(m, first + i, w + (size_t)i * (size_t)m->n_in);
 }
 
-void matrix_get_row(const struct matrix *m, int n, float *out) {
-    assert(n >= 0 && n < m->n_out);
+void matrix_get_block(const struct matrix *m, int n, int b, struct matrix_block *out) {
+    assert(n >= 0 && n < m->n_out && b >= 0 && b < m->n_blocks);
     const unsigned char *panel = m->data + (size_t)(n / PANEL) * m->panel_bytes;
     int column = n % PANEL;
-    for (int k = 0; k < m->n_in; k++) {
-        size_t at = (size_t)k * PANEL + (size_t)column;
-        int b = k / BLOCK, i = k % BLOCK;
-        switch (m->type) {
-        case WEIGHT_FP32:
-            out[k] = ((const float *)panel)[at];
-            break;
-        case WEIGHT_BF16:
-            out[k] = bf16_float(((const uint16_t *)panel)[at]);
-            break;
-        case WEIGHT_INT8: {
-            const unsigned char *block = panel + (size_t)b * INT8_BLOCK_BYTES;
-            float s = fp16_float(((const uint16_t *)(block + INT8_BLOCK_SCALES))[column]);
-            out[k] = s * (float)(block[i / 4 * PANEL * 4 + column * 4 + i % 4] - 128);
-            break;
+    if (m->type == WEIGHT_INT8) {
+        const unsigned char *block = panel + (size_t)b * INT8_BLOCK_BYTES;
+        for (int k = 0; k < BLOCK; k++)
+            out->q[k] = (int8_t)(block[k / 4 * PANEL * 4 + column * 4 + k % 4] - 128);
+        out->s = ((const uint16_t *)(block + INT8_BLOCK_SCALES))[column];
+        out->m = 0;
+    } else {
+        assert(m->type == WEIGHT_INT4);
+        const unsigned char *block = panel + (size_t)b * INT4_BLOCK_BYTES;
+        for (int k = 0; k < BLOCK / 2; k++) {
+            int both = block[k / 4 * PANEL * 4 + column * 4 + k % 4];
+            out->q[k] = both & 15;
+            out->q[k + 16] = (int8_t)(both >> 4);
         }
-        case WEIGHT_INT4: {
-            const unsigned char *block = panel + (size_t)b * INT4_BLOCK_BYTES;
-            const uint16_t *scales = (const uint16_t *)(block + INT4_BLOCK_SCALES);
-            int both = block[i % 16 / 4 * PANEL * 4 + column * 4 + i % 4];
-            out[k] = fp16_float(scales[column]) * (float)(i < 16 ? both & 15 : both >> 4) +
-                     fp16_float(scales[PANEL + column]);
-            break;
-        }
-        }
+        out->s = ((const uint16_t *)(block + INT4_BLOCK_SCALES))[column];
+        out->m = ((const uint16_t *)(block + INT4_BLOCK_SCALES))[PANEL + column];
+    }
+}
+
+static void get_blocks(const struct matrix *m, int n, float *out) {
+    for (int b = 0; b < m->n_blocks; b++) {
+        struct matrix_block block;
+        matrix_get_block(m, n, b, &block);
+        float scale = fp16_float(block.s), minimum = fp16_float(block.m);
+        for (int i = 0; i < BLOCK && b * BLOCK + i < m->n_in; i++)
+            out[b * BLOCK + i] = m->type == WEIGHT_INT8 ? scale * (float)block.q[i]
+                                                        : scale * (float)block.q[i] + minimum;
+    }
+}
+
+void matrix_get_row(const struct matrix *m, int n, float *out) {
+    assert(n >= 0 && n < m->n_out);
+    size_t panel = (size_t)(n / PANEL) * m->panel_bytes, column = (size_t)(n % PANEL);
+    const float *fp32 = (const float *)(m->data + panel) + column;
+    const uint16_t *bf16 = (const uint16_t *)(m->data + panel) + column;
+    switch (m->type) {
+    case WEIGHT_FP32:
+        for (int k = 0; k < m->n_in; k++)
+            out[k] = fp32[(size_t)k * PANEL];
+        break;
+    case WEIGHT_BF16:
+        for (int k = 0; k < m->n_in; k++)
+            out[k] = bf16_float(bf16[(size_t)k * PANEL]);
+        break;
+    case WEIGHT_INT8:
+    case WEIGHT_INT4:
+        get_blocks(m, n, out);
+        break;
     }
 }
 

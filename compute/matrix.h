@@ -17,6 +17,7 @@
 #include "compute/team.h"
 #include "config/err.h"
 #include <stddef.h>
+#include <stdint.h>
 
 enum weight_type { WEIGHT_FP32, WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4 };
 
@@ -35,6 +36,15 @@ void matrix_set_rows(struct matrix *matrix, int first, int n_rows, const float *
 
 /* Row n as fp32 [n_in], as the packed format holds it: embedding look-up. */
 void matrix_get_row(const struct matrix *matrix, int n, float *out);
+
+/* Block b of row n of an int8 or int4 matrix, k = 32 b .. 32 b + 31:  W = s q + m  with fp16 s and m (m
+ * is 0 for int8).  Beyond n_in q has no meaning. */
+enum { MATRIX_BLOCK = 32 };
+struct matrix_block {
+    int8_t q[MATRIX_BLOCK];
+    uint16_t s, m; /* bits of fp16 */
+};
+void matrix_get_block(const struct matrix *matrix, int n, int b, struct matrix_block *out);
 
 int matrix_n_out(const struct matrix *matrix);
 int matrix_n_in(const struct matrix *matrix);
