@@ -185,4 +185,5 @@ def main():
     sys.exit(result["errors"] > 0)
 
 
-main()
+if __name__ == "__main__":
+    main()
