@@ -15,9 +15,9 @@ static __global__ void widen_records(uint16_t *out, const gpu_matrix w) {
     if (record >= (size_t)w.n_tiles * (size_t)w.n_blocks) return;
     uint32_t words[2][4];
     if (w.type == WEIGHT_INT8)
-        read_int8(words, w.data + record * INT8_RECORD, lane);
+        read_int8(words, w.data + record * INT8_RECORD, lane, FLOAT_2_23);
     else
-        read_int4(words, w.data + record * INT4_RECORD, lane);
+        read_int4(words, w.data + record * INT4_RECORD, lane, FLOAT_2_23);
     const int tile = (int)(record / (size_t)w.n_blocks);
     const int k = (int)(record % (size_t)w.n_blocks) * K_BLOCK + lane % 4 * 8;
 #pragma unroll

@@ -46,32 +46,36 @@ struct gpu_matrix {
     size_t bytes;
 };
 
-/* 2^23: a float of this exponent holds an integer in its low bits, so that an OR and a subtraction
- * convert. */
-DEVICE float low_bits(uint32_t bits) {
-    return as_float(bits | 0x4b000000u) - 8388608.0f;
+/* The bits of 2^23, a float whose last bit is one: an OR puts an integer below it, a subtraction
+ * takes it away again. Kernels are given it as an argument: as a constant it would cost an
+ * instruction beside the mask at every OR. */
+enum { FLOAT_2_23 = 0x4b000000 };
+
+DEVICE float masked(uint32_t bits, uint32_t mask, uint32_t magic) { /* 2^23 + (bits & mask) */
+    return as_float((bits & mask) | magic);
 }
 
 /* 8 consecutive k of a row as bf16 pairs. */
-DEVICE void widen_int8(uint32_t (&out)[4], uint32_t q0, uint32_t q4, float s) {
+DEVICE void widen_int8(uint32_t (&out)[4], uint32_t q0, uint32_t q4, float s, uint32_t magic) {
     const uint32_t q[4] = {q0, q0 >> 16, q4, q4 >> 16};
     const float s8 = s * 0x1p-8f;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        float low = as_float((q[i] & 0xffu) | 0x4b000000u) - 8388736.0f;    /* 2^23 + 128 */
-        float high = as_float((q[i] & 0xff00u) | 0x4b000000u) - 8421376.0f; /* 2^23 + 2^15 */
+        const float low = masked(q[i], 0xffu, magic) - 8388736.0f;    /* 2^23 + 128 */
+        const float high = masked(q[i], 0xff00u, magic) - 8421376.0f; /* 2^23 + 2^15 */
         out[i] = pack_bf16(s * low, s8 * high);
     }
 }
 
-DEVICE void widen_int4(uint32_t (&out)[4], uint32_t q0, float s, float m) {
-    const float s4 = s * 0x1p-4f, s8 = s * 0x1p-8f, s12 = s * 0x1p-12f;
+DEVICE void widen_int4(uint32_t (&out)[4], uint32_t q0, float s, float m, uint32_t magic) {
+    const float s4 = s * 0x1p-4f, s8 = s * 0x1p-8f, s12 = s * 0x1p-12f, one = 8388608.0f;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-        uint32_t q = q0 >> 8 * i;
-        out[i] = pack_bf16(fmaf(s, low_bits(q & 0xfu), m), fmaf(s4, low_bits(q & 0xf0u), m));
-        out[i + 1] =
-            pack_bf16(fmaf(s8, low_bits(q & 0xf00u), m), fmaf(s12, low_bits(q & 0xf000u), m));
+        const uint32_t q = q0 >> 8 * i;
+        out[i] = pack_bf16(fmaf(s, masked(q, 0xfu, magic) - one, m),
+                           fmaf(s4, masked(q, 0xf0u, magic) - one, m));
+        out[i + 1] = pack_bf16(fmaf(s8, masked(q, 0xf00u, magic) - one, m),
+                               fmaf(s12, masked(q, 0xf000u, magic) - one, m));
     }
 }
 
@@ -80,18 +84,18 @@ DEVICE float fp16_of_pair(uint32_t pair, int high) {
 }
 
 /* What a lane holds of record `at`: [row g, row g + 8][4 words of 8 k]. */
-DEVICE void read_int8(uint32_t (&out)[2][4], const unsigned char *at, int lane) {
+DEVICE void read_int8(uint32_t (&out)[2][4], const unsigned char *at, int lane, uint32_t magic) {
     const uint4 q = *(const uint4 *)(at + 16 * lane);
     const uint32_t s = *(const uint32_t *)(at + INT8_SCALES + lane / 4 * 4);
-    widen_int8(out[0], q.x, q.y, fp16_of_pair(s, 0));
-    widen_int8(out[1], q.z, q.w, fp16_of_pair(s, 1));
+    widen_int8(out[0], q.x, q.y, fp16_of_pair(s, 0), magic);
+    widen_int8(out[1], q.z, q.w, fp16_of_pair(s, 1), magic);
 }
 
-DEVICE void read_int4(uint32_t (&out)[2][4], const unsigned char *at, int lane) {
+DEVICE void read_int4(uint32_t (&out)[2][4], const unsigned char *at, int lane, uint32_t magic) {
     const uint2 q = *(const uint2 *)(at + 8 * lane);
     const uint2 sm = *(const uint2 *)(at + INT4_SCALES + lane / 4 * 8);
-    widen_int4(out[0], q.x, fp16_of_pair(sm.x, 0), fp16_of_pair(sm.y, 0));
-    widen_int4(out[1], q.y, fp16_of_pair(sm.x, 1), fp16_of_pair(sm.y, 1));
+    widen_int4(out[0], q.x, fp16_of_pair(sm.x, 0), fp16_of_pair(sm.y, 0), magic);
+    widen_int4(out[1], q.y, fp16_of_pair(sm.x, 1), fp16_of_pair(sm.y, 1), magic);
 }
 
 /* W[n][k] */

@@ -23,13 +23,12 @@
  * already.
  *
  * Which M: a block reads 16 M rows of W and all of x, the latter from L2, which gives about 1.6
- * times what memory does.  M is the one for which the busiest processor reads least (choose()): x
- * beside W is N / (2 M) for bf16, so 16 rows n would be wrong for 64 rows of x, and 64 for one row
- * of a narrow matrix.
- *
- * Arithmetic: widening takes 3.6 instructions a weight; 132 processors of 128 lanes at 1.75 GHz
- * have 9.4 for each int8 and 5.5 for each int4 weight at 3.35 TB/s.  64 rows of int4 are 690
- * TFLOP/s at full bandwidth: there, and only there, the tensor cores are the bound.
+ * times what memory does: x beside W is N / (2 M) for bf16, N / (0.6 M) for int4.  Widening takes
+ * 62 instructions for the 512 weights of an int8 record and 68 for int4, each step 60 besides; 132
+ * processors issue 4 a clock, at 1.75 GHz 150 for each int8 record and 88 for each int4 record
+ * at 3.35 TB/s, so int4 wants 2 or 4 records a step where there are enough rows n. busiest() weighs
+ * these for the shape at hand.  64 rows of int4 are 690 TFLOP/s at full bandwidth: there the tensor
+ * cores are the bound.
  *
  * fp32 weights: exact mode.  A warp sums 4 rows n for 8 rows of x, lane l k = l, l + 32, ...,
  * ascending, by fused multiply-add; then the lanes are added in warp_sum's order. */
@@ -44,101 +43,123 @@ struct product {
     const float *bias; /* or NULL */
     int n_rows;
     gpu_matrix w;
+    uint32_t magic; /* FLOAT_2_23 */
 };
 
-/* ---- the three formats ---- */
+/* ---- the three formats: a record of 16 rows and 32 k in shared memory, how far apart they lie in
+ * W, and how many instructions make its bf16 words of them ---- */
 struct bf16_format {
-    enum { RECORD = 1024 }; /* in shared memory: lane (g, t) row g, then row g + 8, 16 bytes each */
+    enum {
+        RECORD = 1024,
+        APART = 64,
+        WIDEN = 8
+    }; /* lane (g, t): row g, then row g + 8, 16 bytes each */
 };
 struct int8_format {
-    enum { RECORD = INT8_RECORD };
+    enum { RECORD = INT8_RECORD, APART = INT8_RECORD, WIDEN = 62 };
 };
 struct int4_format {
-    enum { RECORD = INT4_RECORD };
+    enum { RECORD = INT4_RECORD, APART = INT4_RECORD, WIDEN = 68 };
 };
 
-/* Block b of M tiles to shared memory.  Tiles and rows beyond the last read the last again: nothing
- * of theirs is kept. */
-template <int M>
-DEVICE void stage_weights(bf16_format, unsigned char *to, const gpu_matrix &w, int first_tile,
-                          int b, int lane) {
-    const int k = b * K_BLOCK + lane % 4 * 8;
-#pragma unroll
-    for (int i = 0; i < 2 * M; i++) {
-        const int n = first_tile * TILE + i * 8 + lane / 4;
-        const size_t row = (size_t)(n < w.n_out ? n : w.n_out - 1) * (size_t)w.stride;
-        uint4 *at = (uint4 *)to + i * WARP + lane;
-        if (k < w.n_in)
-            cp_async16(at, (const uint16_t *)w.data + row + k);
-        else
-            *at = uint4{0, 0, 0, 0};
-    }
+/* Where 16-byte piece `piece` of a tile's first record comes from. */
+DEVICE const unsigned char *piece_of(bf16_format, const gpu_matrix &w, int tile, int piece) {
+    const int n = tile * TILE + piece / WARP * 8 + piece % WARP / 4;
+    return w.data + ((size_t)n * (size_t)w.stride + (size_t)(piece % 4 * 8)) * 2;
+}
+DEVICE const unsigned char *piece_of(int8_format, const gpu_matrix &w, int tile, int piece) {
+    return w.data + (size_t)tile * (size_t)w.n_blocks * INT8_RECORD + 16 * piece;
+}
+DEVICE const unsigned char *piece_of(int4_format, const gpu_matrix &w, int tile, int piece) {
+    return w.data + (size_t)tile * (size_t)w.n_blocks * INT4_RECORD + 16 * piece;
 }
 
-template <int M, int RECORD>
-DEVICE void stage_records(unsigned char *to, const gpu_matrix &w, int first_tile, int b, int lane) {
-    enum { PIECES = RECORD / 16 };
-#pragma unroll
-    for (int i = 0; i < (M * PIECES + WARP - 1) / WARP; i++) {
-        const int piece = i * WARP + lane;
-        int tile = first_tile + piece / PIECES;
-        if (tile >= w.n_tiles) tile = w.n_tiles - 1;
-        const size_t record = (size_t)tile * (size_t)w.n_blocks + (size_t)b;
-        if (piece < M * PIECES)
-            cp_async16(to + 16 * piece, w.data + record * RECORD + piece % PIECES * 16);
-    }
+/* Whether a lane's piece of bf16 block b lies in its row. */
+DEVICE bool in_row(bf16_format, int k, int n_in) {
+    return k < n_in;
 }
-template <int M>
-DEVICE void stage_weights(int8_format, unsigned char *to, const gpu_matrix &w, int first_tile,
-                          int b, int lane) {
-    stage_records<M, INT8_RECORD>(to, w, first_tile, b, lane);
-}
-template <int M>
-DEVICE void stage_weights(int4_format, unsigned char *to, const gpu_matrix &w, int first_tile,
-                          int b, int lane) {
-    stage_records<M, INT4_RECORD>(to, w, first_tile, b, lane);
+template <class Format> DEVICE bool in_row(Format, int, int) {
+    return true;
 }
 
-DEVICE void read_record(bf16_format, uint32_t (&out)[2][4], const unsigned char *at, int lane) {
+DEVICE void read_record(bf16_format, uint32_t (&out)[2][4], const unsigned char *at, int lane,
+                        uint32_t) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const uint4 v = ((const uint4 *)at)[half * WARP + lane];
         out[half][0] = v.x, out[half][1] = v.y, out[half][2] = v.z, out[half][3] = v.w;
     }
 }
-DEVICE void read_record(int8_format, uint32_t (&out)[2][4], const unsigned char *at, int lane) {
-    read_int8(out, at, lane);
+DEVICE void read_record(int8_format, uint32_t (&out)[2][4], const unsigned char *at, int lane,
+                        uint32_t magic) {
+    read_int8(out, at, lane, magic);
 }
-DEVICE void read_record(int4_format, uint32_t (&out)[2][4], const unsigned char *at, int lane) {
-    read_int4(out, at, lane);
+DEVICE void read_record(int4_format, uint32_t (&out)[2][4], const unsigned char *at, int lane,
+                        uint32_t magic) {
+    read_int4(out, at, lane, magic);
 }
 
 /* ---- the kernel ---- */
 
-/* Block b of 8 N rows of x.  What lies beyond n_in may be anything and must meet the zeros of W as
- * zero: a NaN there would be in the sum. */
-template <int N>
-DEVICE void stage_rows(unsigned char *to, const product &p, int first_row, int b, int lane) {
-    const int k = b * K_BLOCK + lane % 4 * 8;
+/* What a lane copies in each step. */
+template <class Format, int M, int N> struct copies {
+    enum { PIECES = Format::RECORD / 16, N_W = (M * PIECES + WARP - 1) / WARP };
+    const unsigned char *w[N_W]; /* block 0 */
+    const uint16_t *x[N];
+};
+
+/* Tiles and rows beyond the last read the last again: nothing of theirs is kept, and what is read
+ * twice at once costs nothing. */
+template <class Format, int M, int N>
+DEVICE void set_copies(copies<Format, M, N> &c, const product &p, int first_tile, int first_row,
+                       int lane) {
+#pragma unroll
+    for (int i = 0; i < c.N_W; i++) {
+        const int piece = i * WARP + lane, tile = first_tile + piece / c.PIECES;
+        c.w[i] =
+            piece_of(Format(), p.w, tile < p.w.n_tiles ? tile : p.w.n_tiles - 1, piece % c.PIECES);
+    }
 #pragma unroll
     for (int j = 0; j < N; j++) {
         const int row = first_row + j * 8 + lane / 4;
-        uint4 *at = (uint4 *)to + j * WARP + lane;
-        if (row >= p.n_rows)
-            continue; /* a column of its own in the product, of any value: it is not kept */
-        const uint16_t *from = p.x + (size_t)row * p.x_stride + k;
-        if (k + 8 <= p.w.n_in) {
-            cp_async16(at, from);
-        } else {
-            uint32_t words[4];
+        c.x[j] = p.x + (size_t)(row < p.n_rows ? row : p.n_rows - 1) * p.x_stride + lane % 4 * 8;
+    }
+}
+
+/* Block b to shared memory: M records of W, then 8 N rows of x, 64 bytes each.  In the last,
+ * partial block, what lies beyond n_in may be anything and becomes zero in both: a NaN would be in
+ * the sum. */
+template <class Format, int M, int N>
+DEVICE void stage(unsigned char *to, const copies<Format, M, N> &c, int b, int n_in, int lane) {
+    const bool whole = (b + 1) * K_BLOCK <= n_in;
+    const int k = b * K_BLOCK + lane % 4 * 8;
+    uint4 *at = (uint4 *)to + lane;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                uint32_t low = k + 2 * i < p.w.n_in ? from[2 * i] : 0;
-                uint32_t high = k + 2 * i + 1 < p.w.n_in ? from[2 * i + 1] : 0;
-                words[i] = low | high << 16;
-            }
-            *at = uint4{words[0], words[1], words[2], words[3]};
+    for (int i = 0; i < c.N_W; i++) {
+        if (M * c.PIECES - i * WARP < WARP && lane >= M * c.PIECES - i * WARP) continue;
+        if (whole || in_row(Format(), k, n_in))
+            cp_async16(at + i * WARP, c.w[i] + b * Format::APART);
+        else
+            at[i * WARP] = uint4{0, 0, 0, 0};
+    }
+    at = (uint4 *)(to + M * Format::RECORD) + lane;
+    if (whole) {
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            cp_async16(at + j * WARP, c.x[j] + b * K_BLOCK);
+        return;
+    }
+#pragma unroll 1
+    for (int j = 0; j < N; j++) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint16_t *from = c.x[j] + b * K_BLOCK + 2 * i;
+            const uint32_t low = k + 2 * i < n_in ? from[0] : 0,
+                           high = k + 2 * i + 1 < n_in ? from[1] : 0;
+            words[i] = low | high << 16;
         }
+        at[j * WARP] = uint4{words[0], words[1], words[2], words[3]};
     }
 }
 
@@ -170,13 +191,12 @@ static __global__ void __launch_bounds__(8 * WARP) generated(const product p) {
     const int first = (int)((int64_t)p.w.n_blocks * warp / n_warps);
     const int end = (int)((int64_t)p.w.n_blocks * (warp + 1) / n_warps);
     unsigned char *mine = shared + warp * R::BYTES;
+    copies<Format, M, N> from;
+    set_copies(from, p, first_tile, first_row, lane);
 
-#pragma unroll
-    for (int s = 0; s < R::STEPS - 1; s++) {
-        if (first + s < end) {
-            stage_weights<M>(Format(), mine + s * R::STEP, p.w, first_tile, first + s, lane);
-            stage_rows<N>(mine + s * R::STEP + M * Format::RECORD, p, first_row, first + s, lane);
-        }
+#pragma unroll 1
+    for (int step = 0; step < R::STEPS - 1; step++) {
+        if (first + step < end) stage(mine + step * R::STEP, from, first + step, p.w.n_in, lane);
         cp_async_commit();
     }
     float sum[M][N][4] = {};
@@ -185,11 +205,8 @@ static __global__ void __launch_bounds__(8 * WARP) generated(const product p) {
         cp_async_wait<R::STEPS - 2>();
         __syncwarp(); /* every lane's copies have come; and all have read the slot that is filled
                          next */
-        if (b + R::STEPS - 1 < end) {
-            unsigned char *to = mine + free_slot * R::STEP;
-            stage_weights<M>(Format(), to, p.w, first_tile, b + R::STEPS - 1, lane);
-            stage_rows<N>(to + M * Format::RECORD, p, first_row, b + R::STEPS - 1, lane);
-        }
+        if (b + R::STEPS - 1 < end)
+            stage(mine + free_slot * R::STEP, from, b + R::STEPS - 1, p.w.n_in, lane);
         cp_async_commit();
 
         const unsigned char *at = mine + slot * R::STEP;
@@ -201,7 +218,7 @@ static __global__ void __launch_bounds__(8 * WARP) generated(const product p) {
 #pragma unroll
         for (int i = 0; i < M; i++) {
             uint32_t w[2][4];
-            read_record(Format(), w, at + i * Format::RECORD, lane);
+            read_record(Format(), w, at + i * Format::RECORD, lane, p.magic);
             const uint32_t a0[4] = {w[0][0], w[1][0], w[0][1], w[1][1]};
             const uint32_t a1[4] = {w[0][2], w[1][2], w[0][3], w[1][3]};
 #pragma unroll
@@ -291,12 +308,16 @@ static int warps_for(int n_blocks) {
     return n_blocks >= 32 ? 8 : n_blocks >= 8 ? 4 : n_blocks >= 4 ? 2 : 1;
 }
 
-/* Bytes per block of 32 k that the processor with most blocks of threads reads. */
-static double busiest(const product &p, int m, int n, int record) {
+/* Clocks per block of 32 k of the processor with most blocks of threads: the longer of its loads,
+ * at its share of 3.35 TB/s (14.5 bytes a clock), and its instructions, counted in the compiled
+ * loop for sm_90, at 3 a clock. */
+static double busiest(const product &p, int m, int n, int record, int widen) {
     const int passes = (p.n_rows + 8 * n - 1) / (8 * n), groups = (p.w.n_tiles + m - 1) / m;
     const int n_processors = p.w.n_processors > 0 ? p.w.n_processors : 1;
     const double waves = (double)(((int64_t)passes * groups + n_processors - 1) / n_processors);
-    return waves * (m * record + (p.n_rows < 8 * n ? p.n_rows : 8 * n) * 64);
+    const double bytes = m * record + (p.n_rows < 8 * n ? p.n_rows : 8 * n) * 64;
+    const double instructions = 60 + m * widen + 4 * n + 2 * m * n;
+    return waves * (bytes / 14.5 > instructions / 3 ? bytes / 14.5 : instructions / 3);
 }
 
 template <class Format, int M, int N> static void launch(struct gpu *g, const product &p) {
@@ -309,31 +330,35 @@ template <class Format, int M, int N> static void launch(struct gpu *g, const pr
            (size_t)warps * ring<Format, M, N>::BYTES, p);
 }
 
-template <class Format, int SMALL, int LARGE, int N>
+/* The smallest M but where a larger one is a tenth better. */
+template <class Format, int N, int M, int... LARGER>
 static void choose(struct gpu *g, const product &p) {
-    const int record = p.w.type == WEIGHT_BF16   ? 1024
-                       : p.w.type == WEIGHT_INT8 ? INT8_RECORD
-                                                 : INT4_RECORD;
-    if (busiest(p, LARGE, N, record) < busiest(p, SMALL, N, record))
-        launch<Format, LARGE, N>(g, p);
-    else
-        launch<Format, SMALL, N>(g, p);
+    if constexpr (sizeof...(LARGER) > 0) {
+        const int larger[] = {LARGER...};
+        for (int m : larger)
+            if (busiest(p, m, N, Format::RECORD, Format::WIDEN) <
+                0.9 * busiest(p, M, N, Format::RECORD, Format::WIDEN)) {
+                choose<Format, N, LARGER...>(g, p);
+                return;
+            }
+    }
+    launch<Format, M, N>(g, p);
 }
 
 template <class Format> static void launch_format(struct gpu *g, const product &p) {
     if (p.n_rows <= 8)
-        choose<Format, 1, 2, 1>(g, p);
+        choose<Format, 1, 1, 2, 4>(g, p);
     else if (p.n_rows <= 16)
-        choose<Format, 1, 2, 2>(g, p);
+        choose<Format, 2, 1, 2, 4>(g, p);
     else if (p.n_rows <= 32)
-        choose<Format, 2, 4, 4>(g, p);
+        choose<Format, 4, 2, 4>(g, p);
     else
-        choose<Format, 2, 4, 8>(g, p);
+        choose<Format, 8, 2, 4>(g, p);
 }
 
 void gpu_matrix_product(struct gpu *g, float *y, size_t y_stride, const void *x, size_t x_stride,
                         int n_rows, const struct gpu_matrix *w, const float *bias) {
-    const product p = {y, (const uint16_t *)x, y_stride, x_stride, bias, n_rows, *w};
+    const product p = {y, (const uint16_t *)x, y_stride, x_stride, bias, n_rows, *w, FLOAT_2_23};
     switch (w->type) {
     case WEIGHT_FP32: {
         const dim3 grid((unsigned)(n_rows + FP32_ROWS - 1) / FP32_ROWS, (unsigned)w->n_tiles);
