@@ -206,7 +206,7 @@ void gpu_matmul(struct gpu *g, void *scratch, float *y, size_t y_stride, const v
                 enum gpu_path path) {
     if (n_rows == 0) return;
     if (path == GPU_GENERATED) {
-        gpu_matrix_product(g, y, y_stride, x, x_stride, n_rows, w, bias);
+        gpu_matrix_product(g, y, y_stride, x, x_stride, n_rows, w, bias, 0);
         return;
     }
     const void *weights = w->dense ? w->dense : w->data;

@@ -121,8 +121,10 @@ DEVICE float matrix_value(const gpu_matrix &w, int n, int k) {
     }
 }
 
-/* gpu_matrix_product.cu: y = x W^T + bias by our kernels. */
-void gpu_matrix_product(struct gpu *g, float *y, size_t y_stride, const void *x, size_t x_stride,
-                        int n_rows, const struct gpu_matrix *w, const float *bias);
+/* gpu_matrix_product.cu: y = x W^T + bias by our kernels.  tiles: 16 rows of W that a block of
+ * threads takes, 1, 2 or 4 as far as there is such a kernel (tests); 0: what is fastest. */
+extern "C" void gpu_matrix_product(struct gpu *g, float *y, size_t y_stride, const void *x,
+                                   size_t x_stride, int n_rows, const struct gpu_matrix *w,
+                                   const float *bias, int tiles);
 
 #endif

@@ -330,34 +330,37 @@ template <class Format, int M, int N> static void launch(struct gpu *g, const pr
            (size_t)warps * ring<Format, M, N>::BYTES, p);
 }
 
-/* The smallest M but where a larger one is a tenth better. */
+/* The smallest M, but where a larger one is a tenth better; or the first that is at least `tiles`.
+ */
 template <class Format, int N, int M, int... LARGER>
-static void choose(struct gpu *g, const product &p) {
+static void choose(struct gpu *g, const product &p, int tiles) {
     if constexpr (sizeof...(LARGER) > 0) {
         const int larger[] = {LARGER...};
+        const double most = 0.9 * busiest(p, M, N, Format::RECORD, Format::WIDEN);
+        bool go_on = tiles > M;
         for (int m : larger)
-            if (busiest(p, m, N, Format::RECORD, Format::WIDEN) <
-                0.9 * busiest(p, M, N, Format::RECORD, Format::WIDEN)) {
-                choose<Format, N, LARGER...>(g, p);
-                return;
-            }
+            if (tiles == 0 && busiest(p, m, N, Format::RECORD, Format::WIDEN) < most) go_on = true;
+        if (go_on) {
+            choose<Format, N, LARGER...>(g, p, tiles);
+            return;
+        }
     }
     launch<Format, M, N>(g, p);
 }
 
-template <class Format> static void launch_format(struct gpu *g, const product &p) {
+template <class Format> static void launch_format(struct gpu *g, const product &p, int tiles) {
     if (p.n_rows <= 8)
-        choose<Format, 1, 1, 2, 4>(g, p);
+        choose<Format, 1, 1, 2, 4>(g, p, tiles);
     else if (p.n_rows <= 16)
-        choose<Format, 2, 1, 2, 4>(g, p);
+        choose<Format, 2, 1, 2, 4>(g, p, tiles);
     else if (p.n_rows <= 32)
-        choose<Format, 4, 2, 4>(g, p);
+        choose<Format, 4, 2, 4>(g, p, tiles);
     else
-        choose<Format, 8, 2, 4>(g, p);
+        choose<Format, 8, 2, 4>(g, p, tiles);
 }
 
 void gpu_matrix_product(struct gpu *g, float *y, size_t y_stride, const void *x, size_t x_stride,
-                        int n_rows, const struct gpu_matrix *w, const float *bias) {
+                        int n_rows, const struct gpu_matrix *w, const float *bias, int tiles) {
     const product p = {y, (const uint16_t *)x, y_stride, x_stride, bias, n_rows, *w, FLOAT_2_23};
     switch (w->type) {
     case WEIGHT_FP32: {
@@ -367,13 +370,13 @@ void gpu_matrix_product(struct gpu *g, float *y, size_t y_stride, const void *x,
         break;
     }
     case WEIGHT_BF16:
-        launch_format<bf16_format>(g, p);
+        launch_format<bf16_format>(g, p, tiles);
         break;
     case WEIGHT_INT8:
-        launch_format<int8_format>(g, p);
+        launch_format<int8_format>(g, p, tiles);
         break;
     case WEIGHT_INT4:
-        launch_format<int4_format>(g, p);
+        launch_format<int4_format>(g, p, tiles);
         break;
     }
 }
