@@ -40,6 +40,7 @@ struct gpu_matrix {
     int n_out, n_in, n_blocks, n_tiles;
     int stride;          /* elements from row to row: fp32, bf16 */
     int n_processors;    /* of the device */
+    int shared_bytes;    /* that a block of threads can have there */
     unsigned char *data; /* owned */
     void
         *dense; /* owned: rows without padding for the GEMM, where bf16 rows have some; else NULL */

@@ -330,17 +330,20 @@ template <class Format, int M, int N> static void launch(struct gpu *g, const pr
            (size_t)warps * ring<Format, M, N>::BYTES, p);
 }
 
+template <class Format, int M, int N> static bool fits(const product &p) {
+    return warps_for(p.w.n_blocks) * ring<Format, M, N>::BYTES <= p.w.shared_bytes;
+}
+
 /* The smallest M, but where a larger one is a tenth better; or the first that is at least `tiles`.
  */
 template <class Format, int N, int M, int... LARGER>
 static void choose(struct gpu *g, const product &p, int tiles) {
     if constexpr (sizeof...(LARGER) > 0) {
-        const int larger[] = {LARGER...};
         const double most = 0.9 * busiest(p, M, N, Format::RECORD, Format::WIDEN);
-        bool go_on = tiles > M;
-        for (int m : larger)
-            if (tiles == 0 && busiest(p, m, N, Format::RECORD, Format::WIDEN) < most) go_on = true;
-        if (go_on) {
+        auto better = [&](int m) {
+            return tiles ? tiles > M : busiest(p, m, N, Format::RECORD, Format::WIDEN) < most;
+        };
+        if (((fits<Format, LARGER, N>(p) && better(LARGER)) || ...)) {
             choose<Format, N, LARGER...>(g, p, tiles);
             return;
         }
@@ -353,7 +356,7 @@ template <class Format> static void launch_format(struct gpu *g, const product &
         choose<Format, 1, 1, 2, 4>(g, p, tiles);
     else if (p.n_rows <= 16)
         choose<Format, 2, 1, 2, 4>(g, p, tiles);
-    else if (p.n_rows <= 32)
+    else if (p.n_rows <= 32 || !fits<Format, 2, 8>(p))
         choose<Format, 4, 2, 4>(g, p, tiles);
     else
         choose<Format, 8, 2, 4>(g, p, tiles);
