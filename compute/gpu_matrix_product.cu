@@ -291,14 +291,17 @@ static __global__ void __launch_bounds__(FP32_WARPS *WARP) generated_fp32(const 
         }
     }
 #pragma unroll
-    for (int i = 0; i < FP32_OUT; i++)
+    for (int j = 0; j < FP32_ROWS; j++) {
+        const int row = first_row + j;
+        if (row >= p.n_rows) break;
 #pragma unroll
-        for (int j = 0; j < FP32_ROWS; j++) {
+        for (int i = 0; i < FP32_OUT; i++) {
             const float all = warp_sum(sum[i][j]);
-            const int row = first_row + j, n = first_n + i;
-            if (lane == 0 && row < p.n_rows && n < p.w.n_out)
+            const int n = first_n + i;
+            if (lane == 0 && n < p.w.n_out)
                 p.y[(size_t)row * p.y_stride + n] = p.bias ? all + p.bias[n] : all;
         }
+    }
 }
 
 /* ---- choosing and launching ---- */
