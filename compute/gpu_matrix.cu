@@ -99,14 +99,23 @@ static void pack_row(unsigned char *to, const gpu_matrix *w, const struct matrix
         matrix_get_block(from, n, b, &block);
         if (w->type == WEIGHT_INT8) {
             unsigned char *record = to + (size_t)b * INT8_RECORD;
-            for (int k = 0; k < K_BLOCK; k++)
-                record[16 * (4 * g + k / 8) + 8 * half + k % 8] = (unsigned char)(block.q[k] + 128);
+            for (int t = 0; t < 4; t++) {
+                uint64_t eight;
+                memcpy(&eight, block.q + 8 * t, 8);
+                eight ^= 0x8080808080808080u; /* adds 128 to each */
+                memcpy(record + 16 * (4 * g + t) + 8 * half, &eight, 8);
+            }
             ((uint16_t *)(record + INT8_SCALES))[2 * g + half] = block.s;
         } else {
             unsigned char *record = to + (size_t)b * INT4_RECORD;
-            for (int k = 0; k < K_BLOCK; k += 2)
-                record[8 * (4 * g + k / 8) + 4 * half + k % 8 / 2] =
-                    (unsigned char)(block.q[k] | block.q[k + 1] << 4);
+            for (int t = 0; t < 4; t++) {
+                uint64_t eight; /* a nibble in each byte, which close up */
+                memcpy(&eight, block.q + 8 * t, 8);
+                eight = (eight | eight >> 4) & 0x00ff00ff00ff00ffu;
+                eight = (eight | eight >> 8) & 0x0000ffff0000ffffu;
+                eight |= eight >> 16;
+                memcpy(record + 8 * (4 * g + t) + 4 * half, &eight, 4);
+            }
             uint16_t *sm = (uint16_t *)(record + INT4_SCALES) + 4 * g + half;
             sm[0] = block.s;
             sm[2] = block.m;

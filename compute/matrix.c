@@ -207,17 +207,23 @@ void matrix_get_block(const struct matrix *m, int n, int b, struct matrix_block 
     int column = n % PANEL;
     if (m->type == WEIGHT_INT8) {
         const unsigned char *block = panel + (size_t)b * INT8_BLOCK_BYTES;
-        for (int k = 0; k < BLOCK; k++)
-            out->q[k] = (int8_t)(block[k / 4 * PANEL * 4 + column * 4 + k % 4] - 128);
+        for (int group = 0; group < BLOCK / 4; group++) {
+            uint32_t four;
+            memcpy(&four, block + group * PANEL * 4 + column * 4, 4);
+            four ^= 0x80808080u; /* takes 128 from each */
+            memcpy(out->q + 4 * group, &four, 4);
+        }
         out->s = ((const uint16_t *)(block + INT8_BLOCK_SCALES))[column];
         out->m = 0;
     } else {
         assert(m->type == WEIGHT_INT4);
         const unsigned char *block = panel + (size_t)b * INT4_BLOCK_BYTES;
-        for (int k = 0; k < BLOCK / 2; k++) {
-            int both = block[k / 4 * PANEL * 4 + column * 4 + k % 4];
-            out->q[k] = both & 15;
-            out->q[k + 16] = (int8_t)(both >> 4);
+        for (int group = 0; group < BLOCK / 8; group++) {
+            uint32_t both;
+            memcpy(&both, block + group * PANEL * 4 + column * 4, 4);
+            uint32_t low = both & 0x0f0f0f0fu, high = both >> 4 & 0x0f0f0f0fu;
+            memcpy(out->q + 4 * group, &low, 4);
+            memcpy(out->q + 16 + 4 * group, &high, 4);
         }
         out->s = ((const uint16_t *)(block + INT4_BLOCK_SCALES))[column];
         out->m = ((const uint16_t *)(block + INT4_BLOCK_SCALES))[PANEL + column];
