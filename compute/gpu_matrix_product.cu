@@ -3,34 +3,34 @@
  *
  * bf16, int8, int4 weights.  W is the A operand of mma m16n8k16 (16 rows n), rows of x are the 8
  * columns of B, so that one row of x costs no more loads of W than eight.  A block of threads makes
- * 16 M rows n of y for 8 N rows of x.  Its warps split k: warp p of P sums blocks b of 32 k,
- * n_blocks p / P <= b < n_blocks (p + 1) / P, ascending, in the fp32 accumulators of the mma; the P
- * sums are added as
- * ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), then the bias.  P depends on n_in alone, a column of
- * an mma on nothing but itself: whatever M, N, the number of rows or the place of a row, its bits
- * are the same.  M and N are thus free to suit the moment.
+ * 16 M columns n of y for 8 N rows of x.  Its P warps split k: warp p sums blocks b of 32 k,
+ *   n_blocks p / P <= b < n_blocks (p + 1) / P,  ascending,
+ * in the fp32 accumulators of the mma; the P sums are added as
+ *   ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)),  then the bias.
+ * P depends on n_in alone, and a column of an mma on nothing but itself: whatever M, N, the number
+ * of rows or the place of a row, its bits are the same.  M and N are free to suit the moment.
  *
  * Loads.  Each warp has its own ring in shared memory, filled by cp.async, of steps of one block of
  * 32 k: M records of W, and of 8 N rows of x 64 bytes each (layouts: gpu_matrix_device.cuh).  A
- * lane reads back the 16 bytes of x and of bf16 W that it copied itself; only scales cross lanes,
- * so __syncwarp is all that orders a ring, and no warp waits for another before the last sums.
+ * lane reads back the 16 bytes of x and of bf16 W that it copied itself, of records what lanes of
+ * its warp copied: __syncwarp is all that orders a ring, and no warp waits for another before the
+ * last sums.
  * Bytes in flight: a memory of 3.35 TB/s that answers in 1 us has 3.35 MB on its way, 25 KB for
  * each of 132 processors.  One row of x, bf16, M = 1: a ring has 7 steps of 1 KB in flight, a block
  * of 8 warps 56 KB, and two such blocks live on a processor; int4: 7 x 320 bytes, 18 KB a block,
- * four blocks.  Where x is wide, 2 steps of 4 + 4 KB in each of 8 warps: 32 KB of W ahead at any
- * time. Small matrices: 576 x 576 is 36 blocks of 16 rows, and 4 warps of 4 or 5 steps each have
- * the whole matrix in flight at once; another split of k could shorten only what is latency
- * already.
+ * four blocks.  Where x is wide, one step of 4 + 4 KB is ahead in each of 8 warps: 32 KB of W.
+ * Small matrices: 576 x 576 is 36 blocks of 16 rows, and 4 warps of 4 or 5 steps each have all of
+ * it in flight at once; another split of k could only shorten what is latency already.
  *
- * Which M: a block reads 16 M rows of W and all of x, the latter from L2, which gives about 1.6
+ * Which M.  A block reads 16 M rows of W and all of x, the latter from L2, which gives about 1.6
  * times what memory does: x beside W is N / (2 M) for bf16, N / (0.6 M) for int4.  Widening takes
  * 62 instructions for the 512 weights of an int8 record and 68 for int4, each step 60 besides; 132
- * processors issue 4 a clock, at 1.75 GHz 150 for each int8 record and 88 for each int4 record
- * at 3.35 TB/s, so int4 wants 2 or 4 records a step where there are enough rows n. busiest() weighs
- * these for the shape at hand.  64 rows of int4 are 690 TFLOP/s at full bandwidth: there the tensor
- * cores are the bound.
+ * processors issue 4 a clock: at 1.75 GHz and 3.35 TB/s 150 for each int8 record and 88 for each
+ * int4 record, so int4 wants 2 or 4 records a step where there are enough rows n.  busiest() weighs
+ * all this for the shape at hand.  64 rows of int4 are 690 TFLOP/s at full bandwidth: there the
+ * tensor cores are the bound.
  *
- * fp32 weights: exact mode.  A warp sums 4 rows n for 8 rows of x, lane l k = l, l + 32, ...,
+ * fp32 weights: exact mode.  A warp sums 4 rows n for 8 rows of x; lane l adds k = l, l + 32, ...,
  * ascending, by fused multiply-add; then the lanes are added in warp_sum's order. */
 #include "compute/gpu_matrix_device.cuh"
 
@@ -48,12 +48,8 @@ struct product {
 
 /* ---- the three formats: a record of 16 rows and 32 k in shared memory, how far apart they lie in
  * W, and how many instructions make its bf16 words of them ---- */
-struct bf16_format {
-    enum {
-        RECORD = 1024,
-        APART = 64,
-        WIDEN = 8
-    }; /* lane (g, t): row g, then row g + 8, 16 bytes each */
+struct bf16_format { /* lane (g, t): row g, then row g + 8, 16 bytes each */
+    enum { RECORD = 1024, APART = 64, WIDEN = 8 };
 };
 struct int8_format {
     enum { RECORD = INT8_RECORD, APART = INT8_RECORD, WIDEN = 62 };
