@@ -15,11 +15,12 @@ endif
 # Debian packages that each job needs; deploy/setup installs those that are missing.
 BUILD_PACKAGES = gcc libc6-dev libmicrohttpd-dev libcjson-dev libjemalloc-dev libpcre2-dev libutf8proc-dev
 RUN_PACKAGES   = $(BUILD_PACKAGES) python3-pip
-TEST_PACKAGES  = $(RUN_PACKAGES) libcmocka-dev
+TEST_PACKAGES  = $(RUN_PACKAGES) libcmocka-dev g++
 
 LAYERS   = config compute attention model scheduler convert server
 KERNELS  = compute/kernels.c attention/kernels.c
-SOURCES  = $(filter-out $(KERNELS),$(foreach d,$(LAYERS),$(wildcard $d/*.c)))
+GPU_C    = $(wildcard attention/gpu_attention.c) $(filter-out model/gpu_none.c,$(wildcard model/gpu_*.c))
+SOURCES  = $(filter-out $(KERNELS) $(GPU_C),$(foreach d,$(LAYERS),$(wildcard $d/*.c)))
 MAIN     = server/main.c
 ISAS     = generic $(if $(filter x86_64,$(ARCH)),avx2 avx512)
 # One kernel source, built once per instruction family; lanes and the order of sums are the same in all.
@@ -34,15 +35,57 @@ OBJECTS  = $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(MAIN),$(SOURCES))) \
 LIB      = $(BUILD)/liburchin.a
 UNIT     = $(wildcard tests/unit/test_*.c)
 TESTS    = $(patsubst tests/unit/%.c,$(BUILD)/tests/%,$(UNIT))
-TESTED   = $(TESTS) $(BUILD)/urchin $(BUILD)/docs/settings
+TESTED   = $(TESTS) $(GPU_TESTS) $(BUILD)/urchin $(BUILD)/docs/settings
+GPU_TESTS = $(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(wildcard tests/gpu/test_*.c))
 FUZZERS  = $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
+
+# The CUDA backend: built where nvcc is, unless CUDA=0.  model/gpu_none.c, last in the archive's turn, stands in for it.
+NVCC    := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+CUDA    ?= $(if $(and $(NVCC),$(wildcard model/gpu_model.c)),1,0)
+ifneq (,$(SAN))
+CUDA     = 0
+endif
+KERNEL_CU = $(filter-out compute/gpu_cuda.cu,$(wildcard compute/*.cu attention/*.cu))
+GPU_ARCHS ?= 80 90 100
+NVCCFLAGS = -std=c++17 -O3 -lineinfo -I. -Xcompiler -O2,-Wall -Xptxas --warn-on-spills \
+            $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$a,code=sm_$a) \
+            -gencode arch=compute_$(lastword $(GPU_ARCHS)),code=compute_$(lastword $(GPU_ARCHS))
+GPU_OBJECTS = $(patsubst %.c,$(BUILD)/%.o,$(GPU_C))
+CUDA_LIB = $(BUILD)/libcuda_backend.a
+CUDA_LIBS = -L$(patsubst %/bin/nvcc,%/lib64,$(realpath $(NVCC))) -lcudart_static -lstdc++ -ldl -lrt
+# The same kernels for the CPU, thread by thread: tests/emu.
+EMU_LIB  = $(BUILD)/libemu.a
+CXXFLAGS = -std=c++17 $(OPT) -g -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -pthread -I. -Itests/emu $(SAN) \
+           $(if $(filter x86_64,$(ARCH)),-march=native)
 
 all: $(BUILD)/urchin
 
 # ---- building ----
 
-$(BUILD)/urchin: $(BUILD)/server/main.o $(LIB)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(JEMALLOC)
+$(BUILD)/urchin: $(BUILD)/server/main.o $(if $(filter 1,$(CUDA)),$(CUDA_LIB)) $(LIB)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(if $(filter 1,$(CUDA)),$(CUDA_LIBS)) $(JEMALLOC)
+
+$(BUILD)/urchin-emu: $(BUILD)/server/main.o $(EMU_LIB) $(LIB)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) -lstdc++ $(JEMALLOC)
+
+$(CUDA_LIB): $(GPU_OBJECTS) $(patsubst %.cu,$(BUILD)/cuda/%.o,$(KERNEL_CU) compute/gpu_cuda.cu)
+	@rm -f $@
+	ar rcs $@ $^
+
+$(BUILD)/cuda/%.o: %.cu
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) -MMD -MP -c $< -o $@
+
+$(EMU_LIB): $(GPU_OBJECTS) $(patsubst %.cu,$(BUILD)/emu/%.o,$(KERNEL_CU)) $(BUILD)/emu/tests/emu/emu.o
+	@rm -f $@
+	ar rcs $@ $^
+
+$(BUILD)/emu/%.o: %.cu
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) -MMD -MP -x c++ -c $< -o $@
+$(BUILD)/emu/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) -MMD -MP -c $< -o $@
 
 $(LIB): $(OBJECTS)
 	@rm -f $@
@@ -67,6 +110,9 @@ $(BUILD)/$1/%: $2/%.c $(LIB)
 	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $$@ $$< $(LIB) $3 $(LIBS)
 endef
 $(eval $(call program_rule,tests,tests/unit,-lcmocka))
+$(GPU_TESTS): $(BUILD)/tests/%: tests/gpu/%.c $(EMU_LIB) $(LIB)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $@ $< $(EMU_LIB) $(LIB) -lcmocka $(LIBS) -lstdc++
 $(eval $(call program_rule,fuzz,tests/fuzz,-fsanitize=fuzzer))
 $(eval $(call program_rule,bench,bench,))
 $(eval $(call program_rule,docs,docs,))

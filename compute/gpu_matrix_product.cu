@@ -326,7 +326,7 @@ template <class Format, int M, int N> static void launch(struct gpu *g, const pr
     assert(groups <= 65535); /* 1,048,560 rows of W */
     /* Passes beside each other: the second finds W in L2. */
     LAUNCH(g, (generated<Format, M, N>), dim3(passes, groups), warps * WARP,
-           (size_t)warps * ring<Format, M, N>::BYTES, p);
+           ((size_t)warps * ring<Format, M, N>::BYTES), p);
 }
 
 template <class Format, int M, int N> static bool fits(const product &p) {

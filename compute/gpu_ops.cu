@@ -161,6 +161,7 @@ static __global__ void add(float *x, const float *y, size_t n, bool is_aligned) 
 }
 
 void gpu_add(struct gpu *g, float *x, const float *y, size_t n) {
+    if (n == 0) return;
     LAUNCH(g, add, dim3((unsigned)((n + PIECE * GROUP - 1) / (PIECE * GROUP))), PIECE, 0, x, y, n,
            aligned(x) && aligned(y));
 }

@@ -1,10 +1,10 @@
 /* sampler.h - from a row of logits to a token, as users know it from vLLM and llama-server.
  *
- * Order: logit_bias, repetition / presence / frequency penalties, min_tokens mask, then (temperature 0: argmax, ties to the lower id)
- * temperature, top_k, top_p, min_p, one draw: from the tokens kept, in order of id, the first at which the sum of weights
- * passes uniform * their total (so that a device, which does not sort, draws the same).  Logprobs reported are log-softmax of the raw logits, before all of
- * this (vLLM's default).  Randomness is counter-based: the draw for token i of a request is a function of (seed, choice, i)
- * alone, so the same request gives the same tokens whatever else runs. */
+ * Order: logit_bias, repetition / presence / frequency penalties, min_tokens mask, then (temperature 0: argmax, ties to the
+ * lower id) temperature, top_k, top_p, min_p, one draw: of the tokens kept, in order of id, the first at which the sum of
+ * weights passes uniform times their total, so that a device, which does not sort, draws the same.  Logprobs reported are
+ * log-softmax of the raw logits, before all of this (vLLM's default).  Randomness is counter-based: the draw for token i of a
+ * request is a function of (seed, choice, i) alone, so the same request gives the same tokens whatever else runs. */
 #ifndef URCHIN_SCHEDULER_SAMPLER_H
 #define URCHIN_SCHEDULER_SAMPLER_H
 
