@@ -19,7 +19,7 @@ TEST_PACKAGES  = $(RUN_PACKAGES) libcmocka-dev g++
 
 LAYERS   = config compute attention model scheduler convert server
 KERNELS  = compute/kernels.c attention/kernels.c
-GPU_C    = $(wildcard attention/gpu_attention.c) $(filter-out model/gpu_none.c,$(wildcard model/gpu_*.c))
+GPU_C    = $(filter-out model/gpu_none.c,$(wildcard attention/gpu_*.c model/gpu_*.c))
 SOURCES  = $(filter-out $(KERNELS) $(GPU_C),$(foreach d,$(LAYERS),$(wildcard $d/*.c)))
 MAIN     = server/main.c
 ISAS     = generic $(if $(filter x86_64,$(ARCH)),avx2 avx512)

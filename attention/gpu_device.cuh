@@ -178,6 +178,35 @@ DEVICE int own_entry(const gpu_shape &s, int64_t position) {
     return s.ring ? s.sinks + s.cache + (int)(position % s.ring) : 0;
 }
 
+/* ---- a key and value enter ---- */
+
+/* Element d (of lanes) of a row's value, key and rotated key: each rounded as it is stored, and the
+ * rotated one is made from the key as it was rounded. */
+DEVICE void store_element(const gpu_shape &s, const gpu_place &m, const gpu_rows &rows, int row,
+                          int kv_head, int entry, int d) {
+    int D = s.head_dim, half = D / 2;
+    const float *k = rows.k + (size_t)row * rows.k_row + (size_t)kv_head * D;
+    const float *v = rows.v + (size_t)row * rows.v_row + (size_t)kv_head * D;
+    write_kv(s, m.values, value_at(s, entry, d), d < D ? v[d] : 0);
+    if (d >= D) return;
+    if (!s.rope) {
+        write_kv(s, m.keys, key_at(s, entry, d), k[d]);
+        return;
+    }
+    bool second = d >= half;
+    int other = second ? d - half : d + half, angle = second ? d - half : d;
+    float cosine = rows.cosines[(size_t)row * half + angle],
+          sine = rows.sines[(size_t)row * half + angle];
+    if (!s.map_before_rope) {
+        write_kv(s, m.keys, key_at(s, entry, d), rotated(k[d], k[other], second, cosine, sine));
+        return;
+    }
+    write_kv(s, m.keys, key_at(s, entry, d), k[d]);
+    if (s.turned != s.keys)
+        write_kv(s, m.turned, key_at(s, entry, d),
+                 rotated(round_kv(s, k[d]), round_kv(s, k[other]), second, cosine, sine));
+}
+
 /* ---- what a row sees ---- */
 
 /* Visible entries: so many of the sinks, of the cache, and of each half of the ring, each from its
@@ -221,11 +250,11 @@ DEVICE gpu_view view_of(const gpu_shape &s, const int64_t *positions, int64_t po
         v.clamped = clamped_entries(s, positions, v.sinks, position);
     } else if (s.window == WINDOW_TERRACED) {
         int64_t block = position / w;
-        int now = (int)(block % 2);
+        int own = (int)(position % w) + 1, before = block >= 1 ? (int)w : 0;
         v.sinks = block >= 2 ? s.sinks : 0;
         v.cached = cached_entries(s, positions);
-        v.half[now] = (int)(position % w) + 1;
-        v.half[1 - now] = block >= 1 ? (int)w : 0;
+        v.half[0] = block % 2 ? before : own;
+        v.half[1] = block % 2 ? own : before;
         v.clamped = clamped_entries(s, positions, v.sinks + v.cached, position);
     }
     return v;

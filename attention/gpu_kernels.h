@@ -3,6 +3,7 @@
 #define URCHIN_ATTENTION_GPU_KERNELS_H
 
 #include "compute/gpu.h"
+#include <stdbool.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -55,13 +56,17 @@ struct gpu_rows { /* struct gpu_attention_rows, and the angles of each row */
 void gpu_launch_angles(struct gpu *g, const struct gpu_shape *shape, const struct gpu_segment *segments, int n_segments,
                        int max_rows, float *cosines, float *sines);
 
-/* The segments' keys and values enter the memory; a segment at the start of a block chooses the cache and folds first, one of a
- * sliding or no window does at every row.  scratch: gpu_memory_scratch_bytes() each for n_segments * n_kv_heads.
- * max_rows: the longest segment. */
+/* Terraced windows: segments at the start of a block choose the cache and fold the rest, in all of n_layers layers from
+ * first_layer on; others are left alone, and so is a segment with slot < 0.  layers: [n_layers of the model] on the device.
+ * scratch: gpu_memory_scratch_bytes() each for n_layers * n_segments * n_kv_heads.  Everything it reads has been there since
+ * the end of the block before, so a step of generated rows may begin its blocks in all layers before the first. */
 size_t gpu_memory_scratch_bytes(const struct gpu_shape *shape);
-void gpu_launch_append(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
-                       const struct gpu_segment *segments, int n_segments, int max_rows, const struct gpu_rows *rows,
-                       void *scratch);
+void gpu_launch_begin(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layers, int first_layer,
+                      int n_layers, const struct gpu_segment *segments, int n_segments, void *scratch);
+
+/* The segments' keys and values enter the memory (terraced, softmax), where a block has begun.  max_rows: the longest segment. */
+void gpu_launch_store(struct gpu *g, const struct gpu_shape *shape, int layer, const struct gpu_segment *segments,
+                      int n_segments, int max_rows, const struct gpu_rows *rows);
 
 /* y of every row.  Any kind, map, mixing and shape; fp32 products. */
 void gpu_launch_answer(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
@@ -69,18 +74,26 @@ void gpu_launch_answer(struct gpu *g, const struct gpu_shape *shape, const struc
 
 /* Windows of one row a step (sliding, none): append and answer row after row of each segment, in one kernel. */
 void gpu_launch_row_by_row(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
-                           const struct gpu_segment *segments, int n_segments, const struct gpu_rows *rows, void *scratch);
+                           const struct gpu_segment *segments, int n_segments, const struct gpu_rows *rows);
 
-/* The same for the shapes that matter, fast: D = 64 or 128, F a multiple of 32 up to 256, terraced or softmax, bf16 keys, not
+/* gpu_launch_answer() for the shapes that matter, fast: D = 64 or 128, F a multiple of 32 up to 256, terraced or softmax, bf16 keys, not
  * exact.  False: not such a shape, nothing was done. */
 bool gpu_launch_decode(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
                        const struct gpu_segment *segments, int n_segments, const struct gpu_rows *rows);
 bool gpu_launch_prefill(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
                         const struct gpu_segment *segments, int n_segments, int max_rows, const struct gpu_rows *rows);
 
-/* The S of every state head of n slots: fp32 in place <-> planes, for saved states. */
-void gpu_launch_split(struct gpu *g, const struct gpu_shape *shape, int n_layers, void *slot);
-void gpu_launch_join(struct gpu *g, const struct gpu_shape *shape, int n_layers, void *slot);
+/* What the rows of segment i see of one layer, copied from its slot into slot i of another shape, whose slots have one layer
+ * and no keys but the rotated ones: so that the next block may begin before this one's rows are answered. */
+void gpu_launch_snapshot(struct gpu *g, const struct gpu_shape *from, int layer, const struct gpu_segment *segments,
+                         int n_segments, const struct gpu_shape *to);
+
+/* Saved states: the S of every state head of a slot, fp32 at `whole` (a slot's bytes) <-> planes at `planes` (another's). */
+void gpu_launch_split(struct gpu *g, const struct gpu_shape *shape, int n_layers, void *planes, const void *whole);
+void gpu_launch_join(struct gpu *g, const struct gpu_shape *shape, int n_layers, void *whole, const void *planes);
+
+/* The rotated copies of a slot's keys, made anew from the keys of a sequence that has read so many tokens. */
+void gpu_launch_turn(struct gpu *g, const struct gpu_shape *shape, int n_layers, int slot, int64_t tokens);
 
 #ifdef __cplusplus
 }

@@ -77,3 +77,7 @@ void rope_angles(const struct rope *rope, int64_t position, float *cosines, floa
         sines[i] = (float)sin(angle);
     }
 }
+
+const double *rope_frequencies(const struct rope *rope) {
+    return rope->theta;
+}

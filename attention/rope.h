@@ -26,6 +26,7 @@ struct rope;
 enum err rope_new(struct rope **out, const struct rope_config *config, char *msg, size_t msg_len);
 void rope_free(struct rope *rope);
 void rope_angles(const struct rope *rope, int64_t position, float *cosines, float *sines); /* [head_dim / 2] each */
+const double *rope_frequencies(const struct rope *rope); /* theta [head_dim / 2], lives as long as rope */
 
 /* y may be x.  Here, not in rope.c, so that each instruction family compiles its own. */
 static inline void rope_rotate(float *y, const float *x, const float *cosines, const float *sines,

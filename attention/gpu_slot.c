@@ -1,0 +1,168 @@
+/* gpu_slot.c - sequences on a device: clear, copy, save, load.  Saved states are slot.c's, which
+ * also checks and completes them: here they only travel. */
+#include "attention/gpu_internal.h"
+
+#include "compute/memory.h"
+
+#include <string.h>
+
+static char *slot_at(const struct gpu_attention *a, int slot) {
+    return a->slots + (size_t)slot * a->shape.slot_stride;
+}
+
+static bool softmax(const struct gpu_attention *a) {
+    return a->twin->config.kind == ATTENTION_SOFTMAX;
+}
+
+int64_t gpu_attention_slot_position(const struct gpu_attention *a, int slot) {
+    return a->positions[slot];
+}
+
+void gpu_attention_slot_clear(struct gpu_attention *a, int slot) {
+    const struct layout *l = &a->twin->layout;
+    char *at = slot_at(a, slot);
+    a->positions[slot] = 0;
+    if (softmax(a)) return;
+    gpu_fill(a->gpu, at + l->states, 0, l->keys - l->states);
+    if (l->cache) gpu_fill(a->gpu, at + l->positions, 0xff, l->sequence_bytes - l->positions);
+}
+
+/* ---- a softmax sequence is as long as its text: of each head, whole tiles of keys, and rows of
+ * values ---- */
+
+struct extent {
+    size_t keys, values, keys_bytes, values_bytes; /* where in a slot, and how much */
+};
+
+static struct extent extent_of(const struct gpu_attention *a, int head, int64_t position) {
+    const struct layout *l = &a->twin->layout;
+    const struct shape *s = &a->twin->shape;
+    size_t element = s->kv_type == KV_BF16 ? sizeof(uint16_t) : sizeof(float);
+    return (struct extent){
+        .keys = l->keys + (size_t)head * l->keys_bytes,
+        .values = l->values + (size_t)head * l->values_bytes,
+        .keys_bytes = (size_t)((position + TILE - 1) / TILE) * TILE * s->head_dim * element,
+        .values_bytes = (size_t)position * s->lanes * element,
+    };
+}
+
+static int all_heads(const struct gpu_attention *a) {
+    return a->n_layers * a->shape.n_kv_heads;
+}
+
+void gpu_attention_slot_copy(struct gpu_attention *a, int dst, int src) {
+    char *to = slot_at(a, dst), *from = slot_at(a, src);
+    if (dst == src) return;
+    a->positions[dst] = a->positions[src];
+    if (!softmax(a)) {
+        gpu_copy(a->gpu, to, from, a->shape.slot_stride);
+        return;
+    }
+    for (int head = 0; a->positions[src] && head < all_heads(a); head++) {
+        struct extent e = extent_of(a, head, a->positions[src]);
+        gpu_copy(a->gpu, to + e.keys, from + e.keys, e.keys_bytes);
+        gpu_copy(a->gpu, to + e.values, from + e.values, e.values_bytes);
+    }
+}
+
+/* Zeros in the entries of the last tile that are not the sequence's. */
+static void scrub_tile(const struct gpu_attention *a, char *end, int64_t position) {
+    const struct shape *s = &a->twin->shape;
+    size_t element = s->kv_type == KV_BF16 ? sizeof(uint16_t) : sizeof(float);
+    size_t used = (size_t)(position % TILE) * element, row = TILE * element;
+    for (int d = 1; used && d <= s->head_dim; d++)
+        memset(end - (size_t)d * row + used, 0, row - used);
+}
+
+static enum err save_softmax(struct gpu_attention *a, int slot, char *out) {
+    int64_t position = a->positions[slot];
+    const char *from = slot_at(a, slot);
+    struct slot_header header = a->header;
+    header.position = position;
+    memcpy(out, &header, sizeof header);
+    char *at = out + sizeof header;
+    for (int head = 0; position && head < all_heads(a); head++) {
+        struct extent e = extent_of(a, head, position);
+        gpu_download(a->gpu, at, from + e.keys, e.keys_bytes);
+        gpu_download(a->gpu, at + e.keys_bytes, from + e.values, e.values_bytes);
+        at += e.keys_bytes + e.values_bytes;
+    }
+    enum err err = gpu_wait(a->gpu);
+    at = out + sizeof header;
+    for (int head = 0; !err && position && head < all_heads(a); head++) {
+        struct extent e = extent_of(a, head, position);
+        scrub_tile(a, at + e.keys_bytes, position);
+        at += e.keys_bytes + e.values_bytes;
+    }
+    return err;
+}
+
+static void upload_softmax(struct gpu_attention *a, int slot, const char *host, int64_t position) {
+    char *to = slot_at(a, slot);
+    for (int head = 0; position && head < all_heads(a); head++) {
+        struct extent e = extent_of(a, head, position);
+        gpu_upload(a->gpu, to + e.keys, host + e.keys, e.keys_bytes);
+        gpu_upload(a->gpu, to + e.values, host + e.values, e.values_bytes);
+    }
+}
+
+/* ---- save and load ---- */
+
+enum err gpu_attention_slot_save(struct gpu_attention *a, int slot, void *out) {
+    const struct layout *l = &a->twin->layout;
+    char *at = slot_at(a, slot);
+    if (softmax(a)) return save_softmax(a, slot, out);
+    gpu_launch_join(a->gpu, &a->shape, a->n_layers, a->whole, at);
+    gpu_download(a->gpu, a->host, a->whole, l->keys);
+    gpu_download(a->gpu, a->host + l->keys, at + l->keys, l->sequence_bytes - l->keys);
+    enum err e = gpu_wait(a->gpu);
+    if (e) return e;
+    struct slot_header header = a->header;
+    header.position = a->positions[slot];
+    memcpy(a->host, &header, sizeof header);
+    attention_state_save(a->twin, out, a->host); /* zeros where nothing is used */
+    return OK;
+}
+
+static void upload_hedgehog(struct gpu_attention *a, int slot, const char *host, int64_t position) {
+    const struct layout *l = &a->twin->layout;
+    char *at = slot_at(a, slot);
+    gpu_upload(a->gpu, a->whole, host, l->keys);
+    gpu_upload(a->gpu, at + l->keys, host + l->keys, l->sequence_bytes - l->keys);
+    gpu_launch_split(a->gpu, &a->shape, a->n_layers, at, a->whole);
+    gpu_launch_turn(a->gpu, &a->shape, a->n_layers, slot, position);
+}
+
+enum err gpu_attention_slot_load(struct gpu_attention *a, int slot, const void *state, size_t bytes,
+                                 char *msg, size_t msg_len) {
+    size_t slot_bytes = attention_slot_bytes(a->twin);
+    char *host = softmax(a) ? memory_map(slot_bytes) : a->host; /* of what it maps little is used */
+    if (!host) return err_set(msg, msg_len, ERR_NOMEM, "no memory to check a saved state");
+    gpu_attention_slot_clear(a, slot);
+    enum err e = attention_state_load(a->twin, host, state, bytes, msg, msg_len);
+    if (!e) {
+        int64_t position = attention_slot_position(a->twin, host);
+        if (softmax(a))
+            upload_softmax(a, slot, host, position);
+        else
+            upload_hedgehog(a, slot, host, position);
+        e = gpu_wait(a->gpu);
+        if (e) err_set(msg, msg_len, e, "%s", gpu_error(a->gpu));
+        if (!e) a->positions[slot] = position;
+    }
+    if (softmax(a)) memory_unmap(host, slot_bytes);
+    return e;
+}
+
+int gpu_attention_cache_positions(struct gpu_attention *a, int slot, int layer, int kv_head,
+                                  int64_t *out) {
+    size_t bytes = (size_t)a->shape.cache * sizeof *out;
+    size_t head = (size_t)layer * a->shape.n_kv_heads + kv_head;
+    int n = 0;
+    if (!bytes) return 0;
+    gpu_download(a->gpu, out, slot_at(a, slot) + a->shape.positions + head * bytes, bytes);
+    if (gpu_wait(a->gpu)) return 0;
+    while (n < a->shape.cache && out[n] >= 0)
+        n++;
+    return n;
+}

@@ -1,0 +1,200 @@
+/* attention_device.h - for the tests of attention on a device: the CPU's rig (tests/unit/attention_rig.h) and the same
+ * sequences read on the device, in steps of any shape. */
+#ifndef URCHIN_TESTS_ATTENTION_DEVICE_H
+#define URCHIN_TESTS_ATTENTION_DEVICE_H
+
+#include "tests/unit/attention_rig.h"
+
+#include "attention/gpu_attention.h"
+#include "attention/gpu_internal.h"
+#include "tests/emu/emu.h"
+
+enum { DEVICE_SLOTS = 4, MOST_ROWS = 64, MOST_RUNS = 3, MOST_BUCKET = 4 };
+
+struct device {
+    struct rig *rig;
+    struct gpu *gpu;
+    struct gpu_attention *a;
+    float *q[RIG_LAYERS], *k[RIG_LAYERS], *v[RIG_LAYERS]; /* the rig's, on the device */
+    float *step_q, *step_k, *step_v;                      /* [MOST_ROWS] of a step, in one buffer: rows of all three */
+    float *step_y[RIG_LAYERS];                            /* [MOST_ROWS] rows, one element longer than they need be */
+};
+
+/* Tokens from .. to - 1 of the sequence in a slot, whose first token is the rig's token `first`; y as rows_open(). */
+struct piece {
+    int slot, first, from, to;
+    float *y;
+};
+
+static inline size_t kv_floats(const struct rig *g) {
+    return (size_t)g->config.n_kv_heads * (size_t)g->config.head_dim;
+}
+static inline size_t step_row(const struct rig *g) { /* q, k and v side by side */
+    return row_floats(g) + 2 * kv_floats(g);
+}
+
+static inline float *device_floats(struct gpu *gpu, const float *from, size_t n) {
+    void *at;
+    assert_int_equal(gpu_alloc(gpu, &at, n * sizeof *from), OK);
+    if (from)
+        gpu_upload(gpu, at, from, n * sizeof *from);
+    else
+        gpu_fill(gpu, at, 0xff, n * sizeof *from); /* NaN */
+    return at;
+}
+
+static inline void device_open(struct device *d, struct gpu *gpu, struct rig *rig, bool exact) {
+    char msg[256] = "";
+    memset(d, 0, sizeof *d);
+    d->rig = rig;
+    d->gpu = gpu;
+    if (gpu_attention_new(&d->a, gpu, rig->a, DEVICE_SLOTS, MOST_ROWS, MOST_RUNS, exact, msg, sizeof msg)) fail_msg("%s", msg);
+    for (int i = 0; i < RIG_LAYERS; i++) {
+        d->q[i] = device_floats(gpu, rig->q[i], (size_t)rig->n * row_floats(rig));
+        d->k[i] = device_floats(gpu, rig->k[i], (size_t)rig->n * kv_floats(rig));
+        d->v[i] = device_floats(gpu, rig->v[i], (size_t)rig->n * kv_floats(rig));
+        d->step_y[i] = device_floats(gpu, NULL, MOST_ROWS * (row_floats(rig) + 1));
+    }
+    d->step_q = device_floats(gpu, NULL, MOST_ROWS * step_row(rig));
+    d->step_k = d->step_q + row_floats(rig);
+    d->step_v = d->step_k + kv_floats(rig);
+    assert_int_equal(gpu_wait(gpu), OK);
+}
+
+static inline void device_close(struct device *d) {
+    for (int i = 0; i < RIG_LAYERS; i++) {
+        gpu_release(d->gpu, d->q[i]);
+        gpu_release(d->gpu, d->k[i]);
+        gpu_release(d->gpu, d->v[i]);
+        gpu_release(d->gpu, d->step_y[i]);
+    }
+    gpu_release(d->gpu, d->step_q);
+    gpu_attention_free(d->a);
+}
+
+static inline void must_wait(struct gpu *gpu) {
+    if (gpu_wait(gpu)) fail_msg("%s", gpu_error(gpu));
+}
+
+/* A token's q, k and v of a layer become row `row` of the step. */
+static inline void gather(struct device *d, int layer, int row, int token) {
+    size_t q = row_floats(d->rig), kv = kv_floats(d->rig), at = (size_t)row * step_row(d->rig);
+    gpu_copy(d->gpu, d->step_q + at, d->q[layer] + (size_t)token * q, q * sizeof(float));
+    gpu_copy(d->gpu, d->step_k + at, d->k[layer] + (size_t)token * kv, kv * sizeof(float));
+    gpu_copy(d->gpu, d->step_v + at, d->v[layer] + (size_t)token * kv, kv * sizeof(float));
+}
+
+static inline struct gpu_attention_rows step_rows(const struct device *d, int layer) {
+    return (struct gpu_attention_rows){
+        .q = d->step_q,
+        .k = d->step_k,
+        .v = d->step_v,
+        .q_row = step_row(d->rig),
+        .k_row = step_row(d->rig),
+        .v_row = step_row(d->rig),
+        .y = d->step_y[layer],
+        .y_row = row_floats(d->rig) + 1,
+    };
+}
+
+static inline void fetch(struct device *d, int layer, int row, const struct piece *p, int token) {
+    size_t y = row_floats(d->rig);
+    gpu_download(d->gpu, p->y + ((size_t)layer * d->rig->n + token) * y, d->step_y[layer] + (size_t)row * (y + 1),
+                 y * sizeof(float));
+}
+
+/* One step of prompts: a run for each piece.  Rows of the step before `gap` and between runs belong to nobody. */
+static inline void read_prompts(struct device *d, const struct piece *pieces, int n, int gap) {
+    struct gpu_attention_run runs[MOST_RUNS];
+    for (int i = 0, row = gap; i < n; i++) {
+        runs[i] = (struct gpu_attention_run){pieces[i].slot, row, pieces[i].to - pieces[i].from};
+        row += runs[i].n_rows + gap;
+        assert_true(row <= MOST_ROWS);
+    }
+    gpu_attention_prompt_begin(d->a, runs, n);
+    for (int layer = 0; layer < RIG_LAYERS; layer++) {
+        struct gpu_attention_rows rows = step_rows(d, layer);
+        for (int i = 0; i < n; i++)
+            for (int r = 0; r < runs[i].n_rows; r++)
+                gather(d, layer, runs[i].first_row + r, pieces[i].first + pieces[i].from + r);
+        gpu_attention_prompt_layer(d->a, layer, &rows);
+        for (int i = 0; i < n; i++)
+            for (int r = 0; r < runs[i].n_rows; r++)
+                fetch(d, layer, runs[i].first_row + r, &pieces[i], pieces[i].from + r);
+    }
+    gpu_attention_prompt_end(d->a);
+    must_wait(d->gpu);
+}
+
+/* One step of generated rows: row i is token `from` of piece i; slot < 0 and rows from n on are padding. */
+static inline void read_generated(struct device *d, const struct piece *pieces, int n, int bucket) {
+    int slots[MOST_RUNS];
+    for (int i = 0; i < n; i++)
+        slots[i] = pieces[i].slot;
+    gpu_attention_generated_begin(d->a, slots, n, bucket);
+    for (int layer = 0; layer < RIG_LAYERS; layer++) {
+        struct gpu_attention_rows rows = step_rows(d, layer);
+        gpu_fill(d->gpu, d->step_q, 0xff, MOST_ROWS * step_row(d->rig) * sizeof(float)); /* padding may not be read */
+        for (int i = 0; i < n; i++)
+            if (slots[i] >= 0) gather(d, layer, i, pieces[i].first + pieces[i].from);
+        gpu_attention_generated_layer(d->a, layer, &rows);
+        for (int i = 0; i < n; i++)
+            if (slots[i] >= 0) fetch(d, layer, i, &pieces[i], pieces[i].from);
+    }
+    gpu_attention_generated_end(d->a);
+    must_wait(d->gpu);
+}
+
+/* A sequence alone: tokens from .. end - 1 as a prompt, in pieces of `cut`. */
+static inline void device_prompt(struct device *d, int slot, int first, int from, int end, int cut, float *y) {
+    for (; from < end; from += cut) {
+        struct piece p = {slot, first, from, from + cut < end ? from + cut : end, y};
+        read_prompts(d, &p, 1, 0);
+    }
+}
+static inline void device_generate(struct device *d, int slot, int first, int from, int end, float *y) {
+    for (; from < end; from++) {
+        struct piece p = {slot, first, from, from + 1, y};
+        read_generated(d, &p, 1, 1);
+    }
+}
+
+static inline bool same_bits(const struct rig *g, const float *a, const float *b) {
+    return memcmp(a, b, RIG_LAYERS * (size_t)g->n * row_floats(g) * sizeof *a) == 0;
+}
+
+/* The farthest two results are apart over tokens 0 .. n - 1; NaN where one is. */
+static inline float farthest(const struct rig *g, const float *a, const float *b, int n) {
+    float most = 0;
+    for (int i = 0; i < RIG_LAYERS; i++)
+        for (size_t e = 0; e < (size_t)n * row_floats(g); e++) {
+            size_t at = (size_t)i * (size_t)g->n * row_floats(g) + e;
+            float off = fabsf(a[at] - b[at]);
+            if (isnan(off)) return NAN;
+            if (off > most) most = off;
+        }
+    return most;
+}
+
+/* Both sides are fp32.  An exponent is a sum of D + 1 terms whose absolute values add to at most |q| |k| / sqrt(D) <=
+ * 4 sqrt(D), or with maps 2 (2 / sqrt(D)) D and a bias of 1, and each of its roundings errs by at most 2^-24 of that; three such
+ * meet in a linear weight.  Weights are positive and |v| <= 1, so this is the error of y in numerator and denominator, besides
+ * 2^-24 for each term of their sums.  Roundings have either sign and add as squares do; four times that is allowed. */
+static inline float device_tolerance(const struct rig *g) {
+    const struct attention_config *c = &g->config;
+    float D = (float)c->head_dim, steepness = 4 * sqrtf(D) + 1;
+    float terms = (float)(g->n + 2 * c->features + c->cache_size + 2 * c->window_size + 32);
+    return 4 * 0x1p-24f * (sqrtf(3 * (D + 1)) * steepness + sqrtf(terms));
+}
+
+static inline void assert_same_caches(struct device *d, int slot, const void *cpu) {
+    int64_t want[256], got[256];
+    for (int i = 0; i < RIG_LAYERS; i++)
+        for (int kv = 0; kv < d->rig->config.n_kv_heads; kv++) {
+            int n = attention_cache_positions(d->rig->a, cpu, i, kv, want);
+            assert_int_equal(gpu_attention_cache_positions(d->a, slot, i, kv, got), n);
+            assert_memory_equal(got, want, (size_t)n * sizeof *want);
+        }
+}
+
+#endif
