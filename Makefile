@@ -20,7 +20,8 @@ TEST_PACKAGES  = $(RUN_PACKAGES) libcmocka-dev g++
 LAYERS   = config compute attention model scheduler convert server
 KERNELS  = compute/kernels.c attention/kernels.c
 GPU_C    = $(filter-out model/gpu_none.c,$(wildcard attention/gpu_*.c model/gpu_*.c))
-SOURCES  = $(filter-out $(KERNELS) $(GPU_C),$(foreach d,$(LAYERS),$(wildcard $d/*.c)))
+GPU_NONE = model/gpu_none.c
+SOURCES  = $(filter-out $(KERNELS) $(GPU_C) $(GPU_NONE),$(foreach d,$(LAYERS),$(wildcard $d/*.c)))
 MAIN     = server/main.c
 ISAS     = generic $(if $(filter x86_64,$(ARCH)),avx2 avx512)
 # One kernel source, built once per instruction family; lanes and the order of sums are the same in all.
@@ -39,7 +40,7 @@ TESTED   = $(TESTS) $(GPU_TESTS) $(BUILD)/urchin $(BUILD)/docs/settings
 GPU_TESTS = $(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(wildcard tests/gpu/test_*.c))
 FUZZERS  = $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 
-# The CUDA backend: built where nvcc is, unless CUDA=0.  model/gpu_none.c, last in the archive's turn, stands in for it.
+# The CUDA backend: built where nvcc is, unless CUDA=0; GPU_NONE stands in for it.  Programs link one of the two, or EMU_LIB.
 NVCC    := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 CUDA    ?= $(if $(and $(NVCC),$(wildcard model/gpu_model.c)),1,0)
 ifneq (,$(SAN))
@@ -53,6 +54,9 @@ NVCCFLAGS = -std=c++17 -O3 -lineinfo -I. -Xcompiler -O2,-Wall -Xptxas --warn-on-
 GPU_OBJECTS = $(patsubst %.c,$(BUILD)/%.o,$(GPU_C))
 CUDA_LIB = $(BUILD)/libcuda_backend.a
 CUDA_LIBS = -L$(patsubst %/bin/nvcc,%/lib64,$(realpath $(NVCC))) -lcudart_static -lstdc++ -ldl -lrt
+NONE     = $(patsubst %.c,$(BUILD)/%.o,$(GPU_NONE))
+# What a program links: the library and a backend, which need each other.
+with     = -Wl,--start-group $(LIB) $1 -Wl,--end-group
 # The same kernels for the CPU, thread by thread: tests/emu.
 EMU_LIB  = $(BUILD)/libemu.a
 CXXFLAGS = -std=c++17 $(OPT) -g -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -pthread -I. -Itests/emu $(SAN) \
@@ -62,11 +66,11 @@ all: $(BUILD)/urchin
 
 # ---- building ----
 
-$(BUILD)/urchin: $(BUILD)/server/main.o $(if $(filter 1,$(CUDA)),$(CUDA_LIB)) $(LIB)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(if $(filter 1,$(CUDA)),$(CUDA_LIBS)) $(JEMALLOC)
+$(BUILD)/urchin: $(BUILD)/server/main.o $(LIB) $(if $(filter 1,$(CUDA)),$(CUDA_LIB),$(NONE))
+	$(CC) $(LDFLAGS) -o $@ $< $(call with,$(lastword $^)) $(LIBS) $(if $(filter 1,$(CUDA)),$(CUDA_LIBS)) $(JEMALLOC)
 
-$(BUILD)/urchin-emu: $(BUILD)/server/main.o $(EMU_LIB) $(LIB)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) -lstdc++ $(JEMALLOC)
+$(BUILD)/urchin-emu: $(BUILD)/server/main.o $(LIB) $(EMU_LIB)
+	$(CC) $(LDFLAGS) -o $@ $< $(call with,$(EMU_LIB)) $(LIBS) -lstdc++ $(JEMALLOC)
 
 $(CUDA_LIB): $(GPU_OBJECTS) $(patsubst %.cu,$(BUILD)/cuda/%.o,$(KERNEL_CU) compute/gpu_cuda.cu)
 	@rm -f $@
@@ -105,14 +109,14 @@ $(foreach i,$(ISAS),$(eval $(call kernel_rule,$i)))
 $(BUILD)/server/page.o: server/page.html
 
 define program_rule # folder in BUILD, folder of its source, what it links besides
-$(BUILD)/$1/%: $2/%.c $(LIB)
+$(BUILD)/$1/%: $2/%.c $(LIB) $(NONE)
 	@mkdir -p $$(@D)
-	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $$@ $$< $(LIB) $3 $(LIBS)
+	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $$@ $$< $(call with,$(NONE)) $3 $(LIBS)
 endef
 $(eval $(call program_rule,tests,tests/unit,-lcmocka))
 $(GPU_TESTS): $(BUILD)/tests/%: tests/gpu/%.c $(EMU_LIB) $(LIB)
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $@ $< $(EMU_LIB) $(LIB) -lcmocka $(LIBS) -lstdc++
+	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $@ $< $(call with,$(EMU_LIB)) -lcmocka $(LIBS) -lstdc++
 $(eval $(call program_rule,fuzz,tests/fuzz,-fsanitize=fuzzer))
 $(eval $(call program_rule,bench,bench,))
 $(eval $(call program_rule,docs,docs,))

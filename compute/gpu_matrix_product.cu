@@ -228,7 +228,7 @@ static __global__ void __launch_bounds__(8 * WARP) generated(const product p) {
         if (++free_slot == R::STEPS) free_slot = 0;
     }
 
-    __syncwarp(); /* all lanes have read the last scales */
+    /* The ring may be overwritten: every lane's last reads went into an mma that all lanes made. */
     float *out = (float *)mine;
 #pragma unroll
     for (int i = 0; i < M; i++)

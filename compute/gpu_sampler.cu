@@ -295,7 +295,6 @@ DEVICE void log_probabilities(struct sampler_memory *m, uint64_t *table, const f
         sum += m->parts[i];
     double log_sum = sum ? log((double)sum / (double)UNIT) : 0;
     if (threadIdx.x == 0) out->logprob = (float)((double)sane(x[token]) - all.best - log_sum);
-    __syncthreads(); /* m->parts is read */
     if (n_top <= 0) return;
 
     struct cut cut = no_cut();
@@ -416,11 +415,6 @@ static void *stage(struct gpu_sampler *s, const void *from, size_t bytes) {
 void gpu_sampler_clear_counts(struct gpu_sampler *s, int row) {
     size_t n = (size_t)s->vocab_size;
     gpu_fill(s->g, s->counts + (size_t)row * n, 0, n * sizeof *s->counts);
-}
-
-void gpu_sampler_copy_counts(struct gpu_sampler *s, int dst, int src) {
-    size_t n = (size_t)s->vocab_size;
-    gpu_copy(s->g, s->counts + (size_t)dst * n, s->counts + (size_t)src * n, n * sizeof *s->counts);
 }
 
 void gpu_sampler_add_prompt(struct gpu_sampler *s, int row, const int32_t *tokens, int n) {

@@ -46,7 +46,6 @@ struct gpu_sampler;
 enum err gpu_sampler_new(struct gpu_sampler **out, struct gpu *g, int vocab_size, int max_rows, int n_count_rows);
 void gpu_sampler_free(struct gpu_sampler *s);
 void gpu_sampler_clear_counts(struct gpu_sampler *s, int row);
-void gpu_sampler_copy_counts(struct gpu_sampler *s, int dst, int src);
 void gpu_sampler_add_prompt(struct gpu_sampler *s, int row, const int32_t *tokens, int n); /* host tokens; queued */
 
 /* Queues n draws, n <= max_rows: logits fp32 on the device, row r at logits + r * vocab_size; each draw names its row, and

@@ -87,12 +87,12 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs, c
 /* ---- draws on the device, where the model can ---- */
 bool model_draws(const struct model *m); /* on a GPU; the three functions below are for such models only */
 
-/* The penalties of the slot's sequence count from here: the prompt's tokens, then what is drawn with draw.record.
- * model_slot_copy copies the counts too. */
+/* The penalties of draws with counts_row == slot count from here: these tokens as the prompt, then what is drawn with draw.record.
+ * Clearing or copying a slot leaves its counts alone. */
 void model_count_prompt(struct model *m, int slot, const int32_t *tokens, int n);
 
 struct model_draws {
-    const struct gpu_draw *draws; /* [n]; draw.row counts the step's rows of logits in order, draw.counts_row is a slot */
+    const struct gpu_draw *draws; /* [n <= n_slots]; draw.row counts the step's rows of logits in order, draw.counts_row is a slot */
     int n;
     const struct gpu_edit *edits;
     int n_edits;

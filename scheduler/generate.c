@@ -1,4 +1,4 @@
-/* generate.c - from a row of logits to a token, from tokens to events. */
+/* generate.c - what a drawn token becomes: text, events, the end. */
 #include "scheduler/internal.h"
 
 #include "config/log.h"
@@ -148,18 +148,12 @@ static void warn_of_length(struct sched *s, const struct request *r, const struc
               (long long)s->info->measured_to);
 }
 
-/* Samples the next token of a choice from its logits and does all that follows from it. */
-void sched_generate(struct sched *s, struct request *r, struct choice *c, const float *logits) {
+/* Draws the next token of a choice and does all that follows from it. */
+void sched_generate(struct sched *s, struct request *r, struct choice *c, struct sched_rows *from) {
     const struct sched_request *asked = &r->asked;
-    int n_banned = c->n_generated < asked->min_tokens ? r->n_ends : 0;
-    int32_t token = sample(s->sampler, logits, &asked->sampling, c->counts, r->ends, n_banned,
-                           (int)(c - r->choices), c->n_generated);
-    float logprob = NAN;
-    if (request_scores(r)) {
-        logprob = sampler_logprobs(s->sampler, logits, token, r->tops, asked->n_logprobs);
-        c->sum_logprob += (double)logprob;
-    }
-    if (c->counts) token_counts_add_output(c->counts, token);
+    float logprob;
+    int32_t token = sched_draw(s, r, c, from, &logprob);
+    if (request_scores(r)) c->sum_logprob += (double)logprob;
     c->next = token;
     c->n_generated++;
     s->n_new_tokens++;
@@ -216,7 +210,7 @@ void sched_score_prompt(struct sched *s, struct request *r, const float *logits,
 }
 
 /* The last prompt row has been read: every choice goes on from here. */
-void sched_begin_generation(struct sched *s, struct request *r, const float *logits) {
+void sched_begin_generation(struct sched *s, struct request *r, struct sched_rows *from) {
     if (r->prompt_tokens) {
         struct event_node *node =
             event_node_new(&(struct sched_event){.is_prompt = true,
@@ -236,5 +230,5 @@ void sched_begin_generation(struct sched *s, struct request *r, const float *log
     for (int i = 1; i < r->asked.best_of; i++)
         model_slot_copy(s->options.model, r->choices[i].slot, r->choices[0].slot);
     for (int i = 0; i < r->asked.best_of; i++)
-        sched_generate(s, r, &r->choices[i], logits);
+        sched_generate(s, r, &r->choices[i], from);
 }

@@ -1,7 +1,7 @@
 /* internal.h - the scheduler, as its own files see it.
  *
- * scheduler.c is what other threads call, loop.c the thread, generate.c what a step's logits
- * become.  A request is in one of two lists: waiting (under the lock) or running (the thread's
+ * scheduler.c is what other threads call, loop.c the thread, draw.c who draws, generate.c what a
+ * drawn token becomes.  A request is in one of two lists: waiting (under the lock) or running (the thread's
  * own).  All that a running request needs is in struct request, which no other thread touches; what
  * others see passes through its ticket. */
 #ifndef URCHIN_SCHEDULER_INTERNAL_H
@@ -28,6 +28,8 @@ struct sched {
     struct model_run *runs;   /* [n_slots] */
     struct run_owner *owners; /* [n_slots] */
     struct sampler *sampler;
+    struct gpu_draw *draws; /* [n_slots]; NULL: the model does not draw */
+    struct gpu_edit *edits; /* [n_slots * GPU_SAMPLER_EDITS] */
     struct sched_stats own;    /* what publish() copies */
     int n_ended, n_new_tokens; /* requests and tokens since publish() */
     bool busy;                 /* the last step had rows, so the next may */
@@ -50,20 +52,39 @@ struct sched {
     double stats_at; /* when they were published */
 };
 
+struct sched_plan { /* of a step of a model that draws */
+    struct model_draws draws;
+    bool wants_logits; /* someone needs them here */
+};
+
+struct sched_rows {                /* what a step gave, from the run being handed out on */
+    const float *logits;           /* [n_logits of the run][vocab]; NULL: on the device only */
+    const struct gpu_drawn *drawn; /* the next draw; NULL: the model does not draw */
+};
+
 extern const char sched_device_lost[]; /* the sentence that goes with ERR_DEVICE */
 
 /* ---- loop.c ---- */
 void *sched_run(void *sched); /* the thread */
+
+/* ---- draw.c; scheduler thread ---- */
+enum err sched_draws_new(struct sched *s); /* ERR_NOMEM; nothing where the model does not draw */
+void sched_draws_free(struct sched *s);
+struct sched_plan sched_plan_draws(struct sched *s, int n_runs);
+/* The next token of a choice, from the row at from->logits or the draw at from->drawn, which goes on by one.  Its logprob, and
+ * the best ones in r->tops, where the request scores. */
+int32_t sched_draw(struct sched *s, struct request *r, struct choice *c, struct sched_rows *from,
+                   float *logprob);
 
 /* ---- generate.c; scheduler thread ---- */
 
 /* Logits of the n_rows prompt rows just read (their logprobs, where asked for), before r->n_read
  * counts them. */
 void sched_score_prompt(struct sched *s, struct request *r, const float *logits, int n_rows);
-/* The last prompt row has been read: every choice goes on from its logits. */
-void sched_begin_generation(struct sched *s, struct request *r, const float *logits);
-/* Samples the next token of a choice and does all that follows from it. */
-void sched_generate(struct sched *s, struct request *r, struct choice *c, const float *logits);
+/* The last prompt row has been read: every choice goes on from it. */
+void sched_begin_generation(struct sched *s, struct request *r, struct sched_rows *from);
+/* Draws the next token of a choice and does all that follows from it. */
+void sched_generate(struct sched *s, struct request *r, struct choice *c, struct sched_rows *from);
 /* Ends what is not finished yet; slots are free and last events delivered on return. */
 void sched_finish_choices(struct sched *s, struct request *r, enum finish_reason why,
                           const char *error);

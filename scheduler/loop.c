@@ -59,7 +59,8 @@ static int build_batch(struct sched *s) {
             if (c->finished) continue;
             n_paused += paused;
             if (paused) continue;
-            s->runs[n_runs] = (struct model_run){c->slot, 1, &c->next, 1};
+            s->runs[n_runs] = (struct model_run){
+                .slot = c->slot, .n_rows = 1, .tokens = &c->next, .n_logits = 1, .generated = true};
             s->owners[n_runs++] = (struct run_owner){r, c};
         }
     }
@@ -81,29 +82,35 @@ static int build_batch(struct sched *s) {
         }
         int slot = r->choices[0].slot;
         if (!r->n_read) model_slot_clear(s->options.model, slot);
-        s->runs[n_runs] = (struct model_run){slot, n, r->asked.prompt + r->n_read, n_logits};
+        s->runs[n_runs] = (struct model_run){.slot = slot,
+                                             .n_rows = n,
+                                             .tokens = r->asked.prompt + r->n_read,
+                                             .n_logits = n_logits};
         s->owners[n_runs++] = (struct run_owner){r, NULL};
         rows -= n;
     }
     return n_runs;
 }
 
-static void hand_out(struct sched *s, int n_runs, const float *logits) {
+static void hand_out(struct sched *s, int n_runs, struct sched_rows rows) {
+    size_t vocab = (size_t)s->info->vocab_size;
     int n_rows = 0;
     for (int i = 0; i < n_runs; i++) {
         const struct model_run *run = &s->runs[i];
         struct request *r = s->owners[i].request;
+        const float *end = rows.logits ? rows.logits + (size_t)run->n_logits * vocab : NULL;
         if (s->owners[i].choice) {
-            sched_generate(s, r, s->owners[i].choice, logits);
+            sched_generate(s, r, s->owners[i].choice, &rows);
         } else {
-            if (r->prompt_tokens) sched_score_prompt(s, r, logits, run->n_rows);
+            if (r->prompt_tokens) sched_score_prompt(s, r, rows.logits, run->n_rows);
             r->n_read += (size_t)run->n_rows;
             s->own.prompt_tokens += (uint64_t)run->n_rows;
-            if (r->n_read == r->asked.n_prompt)
-                sched_begin_generation(
-                    s, r, logits + (size_t)(run->n_logits - 1) * (size_t)s->info->vocab_size);
+            if (r->n_read == r->asked.n_prompt) {
+                if (end) rows.logits = end - vocab; /* the prompt's last row */
+                sched_begin_generation(s, r, &rows);
+            }
         }
-        logits += (size_t)run->n_logits * (size_t)s->info->vocab_size;
+        rows.logits = end;
         n_rows += run->n_rows;
     }
     s->own.steps++;
@@ -144,13 +151,20 @@ static void step(struct sched *s) {
     int n_runs = build_batch(s);
     double started = seconds_now();
     if (n_runs) {
-        const float *logits;
-        enum err err = model_step(s->options.model, s->runs, n_runs, &logits);
+        struct sched_rows rows = {0};
+        enum err err;
+        if (s->draws) {
+            struct sched_plan plan = sched_plan_draws(s, n_runs);
+            err = model_step_draw(s->options.model, s->runs, n_runs, &plan.draws, &rows.drawn,
+                                  plan.wants_logits ? &rows.logits : NULL);
+        } else {
+            err = model_step(s->options.model, s->runs, n_runs, &rows.logits);
+        }
         if (err) {
             fail_running(s, err);
             if (err == ERR_DEVICE) s->own.healthy = false;
         } else {
-            hand_out(s, n_runs, logits);
+            hand_out(s, n_runs, rows);
         }
         sweep(s);
     }

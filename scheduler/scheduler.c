@@ -51,7 +51,8 @@ enum err sched_new(struct sched **out, const struct sched_options *options, char
     s->free_slots = malloc(n_slots * sizeof *s->free_slots);
     s->runs = malloc(n_slots * sizeof *s->runs);
     s->owners = malloc(n_slots * sizeof *s->owners);
-    if (!s->free_slots || !s->runs || !s->owners || sampler_new(&s->sampler, info->vocab_size))
+    if (!s->free_slots || !s->runs || !s->owners || sampler_new(&s->sampler, info->vocab_size) ||
+        sched_draws_new(s))
         goto fail;
     while (s->n_free < info->n_slots) { /* so that slot 0 goes first */
         s->free_slots[s->n_free] = info->n_slots - 1 - s->n_free;
@@ -77,6 +78,7 @@ void sched_free(struct sched *s) {
         pthread_join(s->thread, NULL);
     }
     sampler_free(s->sampler);
+    sched_draws_free(s);
     free(s->free_slots);
     free(s->runs);
     free(s->owners);
