@@ -16,8 +16,8 @@ struct device {
     struct gpu *gpu;
     struct gpu_attention *a;
     float *q[RIG_LAYERS], *k[RIG_LAYERS], *v[RIG_LAYERS]; /* the rig's, on the device */
-    float *step_q, *step_k, *step_v;                      /* [MOST_ROWS] of a step, in one buffer: rows of all three */
-    float *step_y[RIG_LAYERS];                            /* [MOST_ROWS] rows, one element longer than they need be */
+    float *step[RIG_LAYERS];   /* [MOST_ROWS] rows of a step: q, k and v side by side */
+    float *step_y[RIG_LAYERS]; /* [MOST_ROWS] rows, one element longer than they need be */
 };
 
 /* Tokens from .. to - 1 of the sequence in a slot, whose first token is the rig's token `first`; y as rows_open(). */
@@ -53,11 +53,9 @@ static inline void device_open(struct device *d, struct gpu *gpu, struct rig *ri
         d->q[i] = device_floats(gpu, rig->q[i], (size_t)rig->n * row_floats(rig));
         d->k[i] = device_floats(gpu, rig->k[i], (size_t)rig->n * kv_floats(rig));
         d->v[i] = device_floats(gpu, rig->v[i], (size_t)rig->n * kv_floats(rig));
+        d->step[i] = device_floats(gpu, NULL, MOST_ROWS * step_row(rig));
         d->step_y[i] = device_floats(gpu, NULL, MOST_ROWS * (row_floats(rig) + 1));
     }
-    d->step_q = device_floats(gpu, NULL, MOST_ROWS * step_row(rig));
-    d->step_k = d->step_q + row_floats(rig);
-    d->step_v = d->step_k + kv_floats(rig);
     assert_int_equal(gpu_wait(gpu), OK);
 }
 
@@ -66,9 +64,9 @@ static inline void device_close(struct device *d) {
         gpu_release(d->gpu, d->q[i]);
         gpu_release(d->gpu, d->k[i]);
         gpu_release(d->gpu, d->v[i]);
+        gpu_release(d->gpu, d->step[i]);
         gpu_release(d->gpu, d->step_y[i]);
     }
-    gpu_release(d->gpu, d->step_q);
     gpu_attention_free(d->a);
 }
 
@@ -76,19 +74,31 @@ static inline void must_wait(struct gpu *gpu) {
     if (gpu_wait(gpu)) fail_msg("%s", gpu_error(gpu));
 }
 
-/* A token's q, k and v of a layer become row `row` of the step. */
-static inline void gather(struct device *d, int layer, int row, int token) {
-    size_t q = row_floats(d->rig), kv = kv_floats(d->rig), at = (size_t)row * step_row(d->rig);
-    gpu_copy(d->gpu, d->step_q + at, d->q[layer] + (size_t)token * q, q * sizeof(float));
-    gpu_copy(d->gpu, d->step_k + at, d->k[layer] + (size_t)token * kv, kv * sizeof(float));
-    gpu_copy(d->gpu, d->step_v + at, d->v[layer] + (size_t)token * kv, kv * sizeof(float));
+/* A token's q, k and v become row `row` of the step. */
+static inline void gather(struct device *d, int row, int token) {
+    size_t q = row_floats(d->rig), kv = kv_floats(d->rig);
+    for (int layer = 0; layer < RIG_LAYERS; layer++) {
+        float *at = d->step[layer] + (size_t)row * step_row(d->rig);
+        gpu_copy(d->gpu, at, d->q[layer] + (size_t)token * q, q * sizeof *at);
+        gpu_copy(d->gpu, at + q, d->k[layer] + (size_t)token * kv, kv * sizeof *at);
+        gpu_copy(d->gpu, at + q + kv, d->v[layer] + (size_t)token * kv, kv * sizeof *at);
+    }
+}
+
+/* What no row's inputs are gathered into may not be read, and y starts as NaN. */
+static inline void forget_step(struct device *d) {
+    for (int layer = 0; layer < RIG_LAYERS; layer++) {
+        gpu_fill(d->gpu, d->step[layer], 0xff, MOST_ROWS * step_row(d->rig) * sizeof(float));
+        gpu_fill(d->gpu, d->step_y[layer], 0xff, MOST_ROWS * (row_floats(d->rig) + 1) * sizeof(float));
+    }
 }
 
 static inline struct gpu_attention_rows step_rows(const struct device *d, int layer) {
+    const float *q = d->step[layer];
     return (struct gpu_attention_rows){
-        .q = d->step_q,
-        .k = d->step_k,
-        .v = d->step_v,
+        .q = q,
+        .k = q + row_floats(d->rig),
+        .v = q + row_floats(d->rig) + kv_floats(d->rig),
         .q_row = step_row(d->rig),
         .k_row = step_row(d->rig),
         .v_row = step_row(d->rig),
@@ -97,10 +107,11 @@ static inline struct gpu_attention_rows step_rows(const struct device *d, int la
     };
 }
 
-static inline void fetch(struct device *d, int layer, int row, const struct piece *p, int token) {
+static inline void fetch(struct device *d, int row, const struct piece *p, int token) {
     size_t y = row_floats(d->rig);
-    gpu_download(d->gpu, p->y + ((size_t)layer * d->rig->n + token) * y, d->step_y[layer] + (size_t)row * (y + 1),
-                 y * sizeof(float));
+    for (int layer = 0; layer < RIG_LAYERS; layer++)
+        gpu_download(d->gpu, p->y + ((size_t)layer * d->rig->n + token) * y, d->step_y[layer] + (size_t)row * (y + 1),
+                     y * sizeof(float));
 }
 
 /* One step of prompts: a run for each piece.  Rows of the step before `gap` and between runs belong to nobody. */
@@ -111,38 +122,56 @@ static inline void read_prompts(struct device *d, const struct piece *pieces, in
         row += runs[i].n_rows + gap;
         assert_true(row <= MOST_ROWS);
     }
+    forget_step(d);
+    for (int i = 0; i < n; i++)
+        for (int r = 0; r < runs[i].n_rows; r++)
+            gather(d, runs[i].first_row + r, pieces[i].first + pieces[i].from + r);
     gpu_attention_prompt_begin(d->a, runs, n);
     for (int layer = 0; layer < RIG_LAYERS; layer++) {
         struct gpu_attention_rows rows = step_rows(d, layer);
-        for (int i = 0; i < n; i++)
-            for (int r = 0; r < runs[i].n_rows; r++)
-                gather(d, layer, runs[i].first_row + r, pieces[i].first + pieces[i].from + r);
         gpu_attention_prompt_layer(d->a, layer, &rows);
-        for (int i = 0; i < n; i++)
-            for (int r = 0; r < runs[i].n_rows; r++)
-                fetch(d, layer, runs[i].first_row + r, &pieces[i], pieces[i].from + r);
     }
     gpu_attention_prompt_end(d->a);
+    for (int i = 0; i < n; i++)
+        for (int r = 0; r < runs[i].n_rows; r++)
+            fetch(d, runs[i].first_row + r, &pieces[i], pieces[i].from + r);
     must_wait(d->gpu);
 }
 
-/* One step of generated rows: row i is token `from` of piece i; slot < 0 and rows from n on are padding. */
-static inline void read_generated(struct device *d, const struct piece *pieces, int n, int bucket) {
-    int slots[MOST_RUNS];
-    for (int i = 0; i < n; i++)
-        slots[i] = pieces[i].slot;
-    gpu_attention_generated_begin(d->a, slots, n, bucket);
+static inline void queue_generated(struct device *d) {
     for (int layer = 0; layer < RIG_LAYERS; layer++) {
         struct gpu_attention_rows rows = step_rows(d, layer);
-        gpu_fill(d->gpu, d->step_q, 0xff, MOST_ROWS * step_row(d->rig) * sizeof(float)); /* padding may not be read */
-        for (int i = 0; i < n; i++)
-            if (slots[i] >= 0) gather(d, layer, i, pieces[i].first + pieces[i].from);
         gpu_attention_generated_layer(d->a, layer, &rows);
-        for (int i = 0; i < n; i++)
-            if (slots[i] >= 0) fetch(d, layer, i, &pieces[i], pieces[i].from);
     }
+}
+
+/* One step of generated rows: row i is token `from` of piece i; slot < 0 and rows from n on are padding.  Its layers are queued,
+ * or with graph replayed from there, where they are recorded first. */
+static inline void read_generated_by(struct device *d, const struct piece *pieces, int n, int bucket,
+                                     struct gpu_graph **graph) {
+    int slots[MOST_RUNS];
+    forget_step(d);
+    for (int i = 0; i < n; i++) {
+        slots[i] = pieces[i].slot;
+        if (slots[i] >= 0) gather(d, i, pieces[i].first + pieces[i].from);
+    }
+    gpu_attention_generated_begin(d->a, slots, n, bucket);
+    if (graph && !*graph) {
+        gpu_record_begin(d->gpu);
+        queue_generated(d);
+        assert_int_equal(gpu_record_end(d->gpu, graph), OK);
+    }
+    if (graph)
+        gpu_replay(d->gpu, *graph);
+    else
+        queue_generated(d);
     gpu_attention_generated_end(d->a);
+    for (int i = 0; i < n; i++)
+        if (slots[i] >= 0) fetch(d, i, &pieces[i], pieces[i].from);
     must_wait(d->gpu);
+}
+static inline void read_generated(struct device *d, const struct piece *pieces, int n, int bucket) {
+    read_generated_by(d, pieces, n, bucket, NULL);
 }
 
 /* A sequence alone: tokens from .. end - 1 as a prompt, in pieces of `cut`. */
@@ -186,6 +215,60 @@ static inline float device_tolerance(const struct rig *g) {
     float terms = (float)(g->n + 2 * c->features + c->cache_size + 2 * c->window_size + 32);
     return 4 * 0x1p-24f * (sqrtf(3 * (D + 1)) * steepness + sqrtf(terms));
 }
+
+/* ---- configurations ---- */
+
+static inline struct attention_config base_config(void) {
+    return (struct attention_config){
+        .kind = ATTENTION_HEDGEHOG,
+        .n_heads = 4,
+        .n_kv_heads = 2,
+        .head_dim = 16,
+        .kv_type = KV_FP32,
+        .map = MAP_EXP,
+        .features = 16,
+        .window = WINDOW_TERRACED,
+        .window_size = 8,
+        .sinks = 1,
+        .cache_size = 6,
+        .cache_recent = 2,
+        .cache_age = 20,
+        .horizon = 32,
+        .mixing = MIXING_UNIFIED,
+        .map_before_rope = true,
+        .max_distance = 24,
+    };
+}
+
+static inline void with_window(struct attention_config *c, enum window_rule rule) {
+    c->window = rule;
+    if (rule != WINDOW_TERRACED) c->cache_size = c->cache_recent = c->cache_age = 0;
+    if (rule == WINDOW_NONE) c->window_size = c->sinks = 0;
+}
+
+static inline struct attention_config softmax_config(void) {
+    return (struct attention_config){
+        .kind = ATTENTION_SOFTMAX,
+        .n_heads = 6,
+        .n_kv_heads = 2,
+        .head_dim = 16,
+        .kv_type = KV_FP32,
+        .max_seq_len = 80,
+    };
+}
+
+/* One of each sort. */
+enum { SORTS = 5 };
+static inline struct attention_config sort_config(int sort) {
+    struct attention_config c = base_config();
+    if (sort == 0) return softmax_config();
+    if (sort <= 2) with_window(&c, sort == 1 ? WINDOW_NONE : WINDOW_SLIDING);
+    if (sort == 3) c.map_before_rope = false, c.max_distance = 0, c.key_map_per_query_head = true;
+    if (sort % 2 == 0) c.kv_type = KV_BF16;
+    return c;
+}
+
+/* ---- comparing ---- */
 
 static inline void assert_same_caches(struct device *d, int slot, const void *cpu) {
     int64_t want[256], got[256];

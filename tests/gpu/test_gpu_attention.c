@@ -8,45 +8,6 @@ static struct gpu *gpu;
 
 enum { N = 75, PROMPT = 43 };
 
-static struct attention_config base_config(void) {
-    return (struct attention_config){
-        .kind = ATTENTION_HEDGEHOG,
-        .n_heads = 4,
-        .n_kv_heads = 2,
-        .head_dim = 16,
-        .kv_type = KV_FP32,
-        .map = MAP_EXP,
-        .features = 16,
-        .window = WINDOW_TERRACED,
-        .window_size = 8,
-        .sinks = 1,
-        .cache_size = 6,
-        .cache_recent = 2,
-        .cache_age = 20,
-        .horizon = 32,
-        .mixing = MIXING_UNIFIED,
-        .map_before_rope = true,
-        .max_distance = 24,
-    };
-}
-
-static void with_window(struct attention_config *c, enum window_rule rule) {
-    c->window = rule;
-    if (rule != WINDOW_TERRACED) c->cache_size = c->cache_recent = c->cache_age = 0;
-    if (rule == WINDOW_NONE) c->window_size = c->sinks = 0;
-}
-
-static struct attention_config softmax_config(void) {
-    return (struct attention_config){
-        .kind = ATTENTION_SOFTMAX,
-        .n_heads = 6,
-        .n_kv_heads = 2,
-        .head_dim = 16,
-        .kv_type = KV_FP32,
-        .max_seq_len = N,
-    };
-}
-
 static void describe(char *what, size_t len, struct attention_config c) {
     snprintf(what, len,
              "kind %d map %d f %d per-query-key-map %d window %d/%d sinks %d cache %d/%d mixing %d "
