@@ -36,7 +36,7 @@ OBJECTS  = $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(MAIN),$(SOURCES))) \
 LIB      = $(BUILD)/liburchin.a
 UNIT     = $(wildcard tests/unit/test_*.c)
 TESTS    = $(patsubst tests/unit/%.c,$(BUILD)/tests/%,$(UNIT))
-TESTED   = $(TESTS) $(GPU_TESTS) $(BUILD)/urchin $(BUILD)/docs/settings
+TESTED   = $(TESTS) $(GPU_TESTS) $(BUILD)/urchin $(BUILD)/urchin-emu $(BUILD)/docs/settings
 GPU_TESTS = $(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(wildcard tests/gpu/test_*.c))
 FUZZERS  = $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
 
@@ -60,7 +60,7 @@ with     = -Wl,--start-group $(LIB) $1 -Wl,--end-group
 # The same kernels for the CPU, thread by thread: tests/emu.
 EMU_LIB  = $(BUILD)/libemu.a
 CXXFLAGS = -std=c++17 $(OPT) -g -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -pthread -I. -Itests/emu $(SAN) \
-           $(if $(filter x86_64,$(ARCH)),-march=native)
+           $(if $(filter x86_64,$(ARCH)),-march=native) $(CXXFLAGS_MORE)
 
 all: $(BUILD)/urchin
 
@@ -116,7 +116,16 @@ endef
 $(eval $(call program_rule,tests,tests/unit,-lcmocka))
 $(GPU_TESTS): $(BUILD)/tests/%: tests/gpu/%.c $(EMU_LIB) $(LIB)
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $@ $< $(call with,$(EMU_LIB)) -lcmocka $(LIBS) -lstdc++
+	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $@ $< $(call with,$(EMU_LIB)) -lcmocka $(LIBS) -lstdc++ $(CXXFLAGS_MORE)
+$(BUILD)/gpu/%: tests/gpu/%.c tests/emu/none.c $(LIB) $(CUDA_LIB) # the same tests on a device
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $@ $< tests/emu/none.c $(call with,$(CUDA_LIB)) -lcmocka $(LIBS) $(CUDA_LIBS)
+$(BUILD)/bench/gpu_%: bench/gpu_%.c $(LIB) $(CUDA_LIB)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $@ $< $(call with,$(CUDA_LIB)) $(LIBS) $(CUDA_LIBS)
+$(BUILD)/bench/gpu_%-emu: bench/gpu_%.c $(LIB) $(EMU_LIB)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $@ $< $(call with,$(EMU_LIB)) $(LIBS) -lstdc++
 $(eval $(call program_rule,fuzz,tests/fuzz,-fsanitize=fuzzer))
 $(eval $(call program_rule,bench,bench,))
 $(eval $(call program_rule,docs,docs,))
@@ -155,11 +164,11 @@ test: ## all tests; the last line counts them
 	@$(if $(SAN),URCHIN_CACHE=$(BUILD)) tests/run $(TESTED) # sanitized, without the default model: ten times slower
 
 asan: ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@HTTP_TEST_PATIENCE=10 $(MAKE) --no-print-directory test BUILD=$(BUILD)-asan \
+	@$(MAKE) --no-print-directory test BUILD=$(BUILD)-asan \
 	    SAN="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 tsan: ## the tests of what has threads under ThreadSanitizer
-	@HTTP_TEST_PATIENCE=10 $(MAKE) --no-print-directory test BUILD=$(BUILD)-tsan SAN=-fsanitize=thread \
+	@$(MAKE) --no-print-directory test BUILD=$(BUILD)-tsan SAN=-fsanitize=thread \
 	    UNIT="$(foreach t,team sched server,$(wildcard tests/unit/test_*$t*.c))"
 
 fuzz: ## every parser's fuzz target, FUZZ_SECONDS (30) each
@@ -171,6 +180,30 @@ fuzz-run: $(FUZZERS)
 
 layers: ## includes point one way
 	@tests/layers
+
+CARD_TESTS = $(patsubst tests/gpu/%.c,$(BUILD)/gpu/%,$(wildcard tests/gpu/test_*.c))
+card: $(CARD_TESTS) $(BUILD)/urchin $(patsubst %.c,$(BUILD)/%,$(wildcard bench/gpu_*.c)) # what the two below run
+test-gpu: ## on a machine with a CUDA device: its kernels beside their CPU twins, and the HTTP tests with --device cuda
+	@$(MAKE) --no-print-directory card
+	@URCHIN_DEVICE=cuda tests/run $(CARD_TESTS) $(BUILD)/urchin
+	@tests/gpu/sanitize $(CARD_TESTS)
+
+bench-gpu: ## on a machine with a CUDA device: the speeds of bench/RESULTS.md's section on GPUs
+	@$(MAKE) --no-print-directory card
+	@bench/gpu.sh
+
+gpu-registers: ## registers, spills and shared memory of every kernel, as nvcc gives them
+	@$(MAKE) --no-print-directory $(CUDA_LIB)
+	@tests/gpu/registers $(CUDA_LIB)
+
+gpu-barriers: ## leaves out every barrier of every kernel: a test must fail (long)
+	@$(MAKE) --no-print-directory $(GPU_TESTS)
+	@tests/emu/barriers $(GPU_TESTS)
+
+gpu-coverage: ## lines of kernels that the tests run on the emulated device
+	@$(MAKE) --no-print-directory coverage-run BUILD=$(BUILD)-coverage OPT=-O1 CXXFLAGS_MORE=--coverage
+coverage-run: $(GPU_TESTS)
+	@tests/gpu/coverage $(BUILD) $(GPU_TESTS)
 
 test-clients: ## real OpenAI clients against a running server (needs PyPI)
 	@deploy/setup $(RUN_PACKAGES) python3-venv
@@ -193,5 +226,5 @@ clean: ## remove every build folder
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-.PHONY: all tests docs run packages model install test asan tsan fuzz fuzz-run layers test-clients fresh bench format clean help
+.PHONY: card test-gpu bench-gpu gpu-registers gpu-barriers gpu-coverage coverage-run all tests docs run packages model install test asan tsan fuzz fuzz-run layers test-clients fresh bench format clean help
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

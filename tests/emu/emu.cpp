@@ -452,7 +452,8 @@ enum err gpu_open(struct gpu **out, char *msg, size_t msg_len) {
     strcpy(g->info.name, "emulated device");
     g->info.capability = 90;
     g->info.n_processors = 4;
-    g->info.total_bytes = (size_t)4 << 30;
+    const char *bytes = getenv("URCHIN_EMULATED_BYTES");
+    g->info.total_bytes = bytes ? strtoull(bytes, NULL, 10) : (unsigned long long)4 << 30;
     g->info.emulated = true;
     *out = g;
     return OK;

@@ -7,6 +7,7 @@
  * each (AddressSanitizer sees every byte beyond), and threads of a warp or block that part before a barrier are
  * an error.
  *
+ *   URCHIN_EMULATED_BYTES=N     of device memory, in place of 4 GiB
  *   URCHIN_EMU_SKIP=FILE:LINE   leaves out that barrier (or wait for copies): a test must fail
  *   URCHIN_EMU_SITES=FILE       appends every such place that was met, and how often */
 #ifndef URCHIN_TESTS_EMU_H
