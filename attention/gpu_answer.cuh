@@ -280,8 +280,7 @@ DEVICE void answer_rows(const gpu_shape &s, const gpu_layer &layer, const gpu_ro
                 return true;
             });
     __syncthreads();
-    write_answers(s, rows, ask, m);
-    __syncthreads(); /* shared memory may be used again */
+    write_answers(s, rows, ask, m); /* a thread reads the y that it zeroes in the next answer */
 }
 
 #endif

@@ -1,10 +1,9 @@
 /* gpu_attention.c - attention on a device: parameters and slots there, and a step cut into
  * launches.
  *
- * Prompts of a terraced window go in waves as on the CPU: wave i holds the i-th block of every run,
- * because what block b folds and keeps follows from what block b - 1 did.  Only that chain is
- * serial; rows are answered apart from it.  Each wave leaves a snapshot of what its rows see, and
- * one launch answers the rows of as many waves as there is room for snapshots. */
+ * Prompts of a terraced window go by pieces, rows of one run, and blocks of pieces: what begins a
+ * block is a chain of one launch each, and all rows are answered at once (gpu_kernels.h, struct
+ * gpu_chain).  Generated rows that begin a block do so in all layers before the first. */
 #include "attention/gpu_internal.h"
 
 #include "compute/memory.h"
@@ -13,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SCRATCH_MOST = 128 << 20, SNAPSHOTS_MOST = 256 << 20 }; /* bytes, if one unit is not more */
+enum { KEYS_MOST = 256 << 20, SNAPSHOTS_MOST = 256 << 20 }; /* bytes, if one is not more */
 
 static size_t align(size_t bytes) {
     return (bytes + 255) / 256 * 256;
@@ -21,9 +20,6 @@ static size_t align(size_t bytes) {
 
 static bool row_by_row(const struct attention *twin) {
     return twin->config.kind == ATTENTION_HEDGEHOG && twin->config.window != WINDOW_TERRACED;
-}
-static bool has_blocks(const struct attention *twin) {
-    return twin->config.kind == ATTENTION_HEDGEHOG && twin->config.window == WINDOW_TERRACED;
 }
 
 /* ---- sizes ---- */
@@ -75,15 +71,19 @@ static struct gpu_shape shape_of(const struct attention *twin, bool exact) {
     };
 }
 
-/* A slot of one layer, its keys only as rows score them. */
+/* A slot of one layer. */
 static struct gpu_shape snapshot_of(const struct gpu_shape *slot) {
     struct gpu_shape s = *slot;
     size_t heads = (size_t)s.n_kv_heads;
     s.states = 0;
-    s.keys = s.turned = heads * s.state_heads * s.state_floats * sizeof(float);
+    s.keys = heads * s.state_heads * s.state_floats * sizeof(float);
     s.values = s.keys + heads * s.keys_bytes;
     s.positions = s.values + heads * s.values_bytes;
+    s.turned = s.keys;
     s.slot_stride = align(s.positions + heads * s.cache * sizeof(int64_t));
+    if (slot->turned == slot->keys) return s;
+    s.turned = s.slot_stride;
+    s.slot_stride = align(s.turned + heads * s.keys_bytes);
     return s;
 }
 
@@ -91,30 +91,37 @@ size_t gpu_attention_slot_bytes(const struct attention *twin) {
     return align(twin->layout.scores); /* scores are not kept */
 }
 
-static size_t smaller(size_t a, size_t b) {
-    return a < b ? a : b;
+/* As many as are wanted, if they are no more than `most` bytes; but at least `least`. */
+static int fitting(size_t want, size_t bytes, size_t most, size_t least) {
+    size_t n = most / bytes < want ? most / bytes : want;
+    return (int)(n > least ? n : least);
+}
+
+static size_t key_bytes(const struct gpu_shape *s) {
+    return gpu_chain_phi_bytes(s) + gpu_chain_value_bytes(s);
 }
 
 /* How much there is of what is not slots. */
 static void set_sizes(struct gpu_attention *a, int max_rows, int max_runs) {
-    const struct attention *twin = a->twin;
-    a->n_layers = twin->n_layers;
+    a->n_layers = a->twin->n_layers;
     a->max_rows = max_rows;
     a->max_runs = max_runs;
     for (a->max_bucket = 1; a->max_bucket < max_runs;)
         a->max_bucket *= 2;
-    if (!has_blocks(twin)) {
-        a->max_segments = max_runs;
-        return;
-    }
-    a->max_segments = max_rows / a->shape.window_size + 2 * max_runs;
+    a->max_segments = max_runs;
+    if (!gpu_has_blocks(a)) return;
+    int w = a->shape.window_size;
+    a->max_segments = max_rows / w + 2 * max_runs;
     if (a->max_segments > max_rows) a->max_segments = max_rows;
     a->snapshot = snapshot_of(&a->shape);
-    size_t room = SNAPSHOTS_MOST / a->snapshot.slot_stride, wave = (size_t)max_runs;
-    a->n_snapshots = (int)smaller((size_t)a->max_segments, room > wave ? room : wave);
-    size_t unit = gpu_memory_scratch_bytes(&a->shape) * (size_t)a->shape.n_kv_heads;
-    room = SCRATCH_MOST / unit;
-    a->units = (int)smaller((size_t)a->n_layers * max_runs, room ? room : 1);
+    /* a step's prompts, or all layers of a few rows that begin a block */
+    size_t few = (size_t)a->n_layers * (size_t)(max_runs < 8 ? max_runs : 8),
+           cache = a->shape.cache;
+    size_t blocks = (size_t)a->max_segments, keys = max_rows + max_runs * (cache + 2 * w);
+    a->n_snapshots =
+        fitting(blocks > few ? blocks : few, a->snapshot.slot_stride, SNAPSHOTS_MOST, 1);
+    a->max_keys = fitting(keys > few * (cache + w) ? keys : few * (cache + w), key_bytes(&a->shape),
+                          KEYS_MOST, cache + w);
 }
 
 /* Parameters of one layer that the kind has, in floats. */
@@ -148,13 +155,6 @@ static size_t angles_bytes(const struct gpu_attention *a, int n_rows) {
     return a->shape.rope ? (size_t)n_rows * (a->shape.head_dim / 2) * sizeof(float) : 0;
 }
 
-static int generated_segments(const struct gpu_attention *a) {
-    return a->max_bucket + a->max_runs;
-}
-static int prompt_segments(const struct gpu_attention *a) {
-    return a->max_runs + 2 * a->max_segments;
-}
-
 /* ---- new and free ---- */
 
 /* Device memory where there is any to have. */
@@ -163,13 +163,22 @@ static enum err allocate(struct gpu_attention *a, void *out, size_t bytes) {
 }
 
 static enum err new_plan(struct gpu_attention *a, struct gpu_plan *plan, int n_segments,
-                         int n_rows) {
-    size_t bytes = (size_t)n_segments * sizeof *plan->host;
+                         int n_blocks, int n_rows) {
+    size_t pieces = (size_t)n_segments * sizeof *plan->segments,
+           blocks = pieces + (size_t)n_blocks * sizeof *plan->pieces,
+           bytes = blocks + (size_t)n_blocks * sizeof *plan->blocks;
     enum err e = gpu_host_alloc(a->gpu, (void **)&plan->host, bytes);
     if (!e) e = allocate(a, &plan->device, bytes);
     if (!e) e = allocate(a, &plan->cosines, angles_bytes(a, n_rows));
     if (!e) e = allocate(a, &plan->sines, angles_bytes(a, n_rows));
-    return e;
+    if (e) return e;
+    plan->segments = (struct gpu_segment *)plan->host;
+    plan->segments_at = (struct gpu_segment *)plan->device;
+    plan->pieces = (struct gpu_piece *)(plan->host + pieces);
+    plan->pieces_at = (struct gpu_piece *)(plan->device + pieces);
+    plan->blocks = (struct gpu_block *)(plan->host + blocks);
+    plan->blocks_at = (struct gpu_block *)(plan->device + blocks);
+    return OK;
 }
 
 static void free_plan(struct gpu_attention *a, struct gpu_plan *plan) {
@@ -177,6 +186,10 @@ static void free_plan(struct gpu_attention *a, struct gpu_plan *plan) {
     gpu_release(a->gpu, plan->device);
     gpu_release(a->gpu, plan->cosines);
     gpu_release(a->gpu, plan->sines);
+}
+
+static void upload(struct gpu_attention *a, void *device, const void *host, size_t n, size_t size) {
+    if (n) gpu_upload(a->gpu, device, host, n * size);
 }
 
 static const float *place_parameter(struct gpu_attention *a, char **at, const float *from,
@@ -224,12 +237,15 @@ static enum err place_all_but_slots(struct gpu_attention *a) {
     const struct layout *l = &a->twin->layout;
     bool hedgehog = a->twin->config.kind == ATTENTION_HEDGEHOG;
     enum err e = place_parameters(a);
-    if (!e) e = new_plan(a, &a->generated, generated_segments(a), a->max_bucket);
-    if (!e) e = new_plan(a, &a->prompt, prompt_segments(a), a->max_rows);
+    size_t snapshots = (size_t)a->n_snapshots, keys = (size_t)a->max_keys;
+    if (!e) e = new_plan(a, &a->generated, a->max_bucket, a->max_runs, a->max_bucket);
     if (!e)
-        e = allocate(a, &a->scratch,
-                     gpu_memory_scratch_bytes(&a->shape) * (size_t)a->shape.n_kv_heads * a->units);
-    if (!e) e = allocate(a, &a->snapshots, (size_t)a->n_snapshots * a->snapshot.slot_stride);
+        e = new_plan(a, &a->prompt, a->max_runs + a->max_segments, a->max_segments, a->max_rows);
+    if (!e) e = allocate(a, &a->snapshots, snapshots * a->snapshot.slot_stride);
+    if (!e) e = allocate(a, &a->phi, keys * gpu_chain_phi_bytes(&a->shape));
+    if (!e) e = allocate(a, &a->values, keys * gpu_chain_value_bytes(&a->shape));
+    if (!e) e = allocate(a, &a->errors, snapshots * gpu_chain_error_bytes(&a->shape));
+    if (!e) e = allocate(a, &a->lists, snapshots * gpu_chain_list_bytes(&a->shape));
     if (!e && hedgehog) e = gpu_host_alloc(a->gpu, (void **)&a->host, l->slot_bytes);
     if (!e && hedgehog) e = allocate(a, &a->whole, l->keys);
     if (e) return e;
@@ -266,8 +282,9 @@ enum err gpu_attention_new(struct gpu_attention **out, struct gpu *g, struct att
     a->positions = calloc((size_t)n_slots, sizeof *a->positions);
     a->layers = calloc((size_t)a->n_layers, sizeof *a->layers);
     a->waves = calloc((size_t)a->max_segments, sizeof *a->waves);
+    a->groups = calloc((size_t)a->max_segments, sizeof *a->groups);
     enum err e = ERR_NOMEM;
-    if (a->positions && a->layers && a->waves) e = place_all_but_slots(a);
+    if (a->positions && a->layers && a->waves && a->groups) e = place_all_but_slots(a);
     if (e)
         err_set(msg, msg_len, e, "no memory for attention beside its sequences");
     else
@@ -294,14 +311,18 @@ void gpu_attention_free(struct gpu_attention *a) {
     gpu_release(a->gpu, a->layers_at);
     gpu_release(a->gpu, a->theta);
     gpu_release(a->gpu, a->far_angles);
-    gpu_release(a->gpu, a->scratch);
     gpu_release(a->gpu, a->snapshots);
+    gpu_release(a->gpu, a->phi);
+    gpu_release(a->gpu, a->values);
+    gpu_release(a->gpu, a->errors);
+    gpu_release(a->gpu, a->lists);
     gpu_release(a->gpu, a->whole);
     gpu_release(a->gpu, a->slots);
     gpu_host_release(a->gpu, a->host);
     free(a->positions);
     free(a->layers);
     free(a->waves);
+    free(a->groups);
     free(a);
 }
 
@@ -327,47 +348,89 @@ static struct gpu_rows rows_with_angles(const struct gpu_attention *a,
     };
 }
 
-/* Does the row at this position begin a block that folds another? */
-static bool begins(const struct gpu_attention *a, int64_t position) {
-    int64_t w = a->shape.window_size;
-    return has_blocks(a->twin) && position >= 2 * w && position % w == 0;
-}
-
-/* gpu_launch_begin() in as many pieces as the scratch asks for. */
-static void begin_blocks(struct gpu_attention *a, int first_layer, int n_layers,
-                         const struct gpu_segment *segments, int n_segments) {
-    int layers = a->units < n_layers ? a->units : n_layers, most = a->units / layers;
-    for (int s = 0; s < n_segments; s += most)
-        for (int l = 0; l < n_layers; l += layers)
-            gpu_launch_begin(a->gpu, &a->shape, a->layers_at, first_layer + l,
-                             n_layers - l < layers ? n_layers - l : layers, segments + s,
-                             n_segments - s < most ? n_segments - s : most, a->scratch);
+static struct gpu_chain chain_of(const struct gpu_attention *a, const struct gpu_plan *plan) {
+    return (struct gpu_chain){
+        .shape = a->shape,
+        .snapshot = a->snapshot,
+        .layers = a->layers_at,
+        .pieces = plan->pieces_at,
+        .blocks = plan->blocks_at,
+        .phi = a->phi,
+        .values = a->values,
+        .errors = a->errors,
+        .lists = a->lists,
+    };
 }
 
 /* ---- generated rows ---- */
+
+/* Row i, which is the first of a block, as a piece of its own that begins the block and reads
+ * nothing; room for `together` of them at once. */
+static void plan_beginning(struct gpu_attention *a, int i, int together, struct gpu_segment row) {
+    int w = a->shape.window_size, at = i % together, keys = a->shape.cache + w;
+    row.n_rows = 0;
+    a->generated.pieces[i] = (struct gpu_piece){
+        .slot = row.slot,
+        .position = row.position,
+        .oldest = row.position - 2 * w,
+        .first_key = at * keys,
+        .n_keys = keys,
+        .last_block = at,
+    };
+    a->generated.blocks[i] =
+        (struct gpu_block){.segment = row, .piece = at, .previous = -1, .begins = 1};
+}
+
+static void begin_blocks(struct gpu_attention *a, int n, int layers, int together) {
+    static const struct gpu_rows none;
+    int keys = a->shape.cache + a->shape.window_size;
+    struct gpu_chain c = chain_of(a, &a->generated);
+    for (int i = 0; i < n; i += together)
+        for (int l = 0; l < a->n_layers; l += layers) {
+            c.first_layer = l;
+            c.n_layers = a->n_layers - l < layers ? a->n_layers - l : layers;
+            c.n_pieces = c.n_blocks = n - i < together ? n - i : together;
+            c.pieces = a->generated.pieces_at + i;
+            c.blocks = a->generated.blocks_at + i;
+            c.n_keys = c.n_pieces * keys;
+            gpu_launch_prepare(a->gpu, &c, keys, &none);
+            gpu_launch_recall(a->gpu, &c, c.n_blocks);
+            gpu_launch_wave(a->gpu, &c, 0, 0, c.n_blocks);
+            gpu_launch_place(a->gpu, &c, &none);
+            gpu_launch_commit(a->gpu, &c);
+        }
+}
 
 void gpu_attention_generated_begin(struct gpu_attention *a, const int *slots, int n, int bucket) {
     struct gpu_plan *plan = &a->generated;
     assert(n <= bucket && n <= a->max_runs && bucket <= a->max_bucket);
     a->bucket = bucket;
     a->n_generated = n;
-    int n_begin = 0;
+    int layers = 0, together = 0, n_begin = 0;
+    if (gpu_has_blocks(a)) {
+        int room = a->max_keys / (a->shape.cache + a->shape.window_size);
+        if (room > a->n_snapshots) room = a->n_snapshots;
+        layers = room < a->n_layers ? room : a->n_layers;
+        together = room / layers;
+    }
     for (int i = 0; i < bucket; i++) {
-        struct gpu_segment *s = &plan->host[i];
+        struct gpu_segment *s = &plan->segments[i];
         *s = (struct gpu_segment){.slot = i < n ? slots[i] : -1, .first_row = i, .n_rows = 1};
         if (s->slot < 0) continue;
         s->position = a->positions[s->slot];
         assert(!a->shape.max_seq_len || s->position < a->shape.max_seq_len);
-        if (begins(a, s->position)) plan->host[bucket + n_begin++] = *s;
+        if (gpu_begins(a, s->position)) plan_beginning(a, n_begin++, together, *s);
     }
-    gpu_upload(a->gpu, plan->device, plan->host, (size_t)(bucket + n_begin) * sizeof *plan->host);
-    gpu_launch_angles(a->gpu, &a->shape, plan->device, bucket, 1, plan->cosines, plan->sines);
-    if (n_begin) begin_blocks(a, 0, a->n_layers, plan->device + bucket, n_begin);
+    upload(a, plan->segments_at, plan->segments, (size_t)bucket, sizeof *plan->segments);
+    upload(a, plan->pieces_at, plan->pieces, (size_t)n_begin, sizeof *plan->pieces);
+    upload(a, plan->blocks_at, plan->blocks, (size_t)n_begin, sizeof *plan->blocks);
+    gpu_launch_angles(a->gpu, &a->shape, plan->segments_at, bucket, 1, plan->cosines, plan->sines);
+    if (n_begin) begin_blocks(a, n_begin, layers, together);
 }
 
 void gpu_attention_generated_layer(struct gpu_attention *a, int layer,
                                    const struct gpu_attention_rows *rows) {
-    const struct gpu_segment *segments = a->generated.device;
+    const struct gpu_segment *segments = a->generated.segments_at;
     const struct gpu_layer *l = &a->layers[layer];
     struct gpu_rows r = rows_with_angles(a, rows, &a->generated);
     if (row_by_row(a->twin)) {
@@ -381,58 +444,20 @@ void gpu_attention_generated_layer(struct gpu_attention *a, int layer,
 
 void gpu_attention_generated_end(struct gpu_attention *a) {
     for (int i = 0; i < a->n_generated; i++)
-        if (a->generated.host[i].slot >= 0) a->positions[a->generated.host[i].slot]++;
+        if (a->generated.segments[i].slot >= 0) a->positions[a->generated.segments[i].slot]++;
     a->n_generated = 0;
 }
 
 /* ---- rows of prompts ---- */
 
-/* Wave after wave of each run's rows up to the end of their block, into segments. */
-static void plan_waves(struct gpu_attention *a, struct gpu_segment *segments) {
-    int64_t w = has_blocks(a->twin) ? a->shape.window_size : INT64_MAX;
-    a->n_segments = a->n_waves = 0;
-    for (int64_t i = 0;; i++) {
-        struct gpu_wave wave = {.first = a->n_segments};
-        for (int k = 0; k < a->n_runs; k++) {
-            struct gpu_segment run = a->prompt.host[k];
-            int64_t end = run.position + run.n_rows,
-                    from = i == 0 ? run.position : (run.position / w + i) * w;
-            if (from >= end) continue;
-            int64_t left = w - from % w;
-            int n = end - from < left ? (int)(end - from) : (int)left;
-            assert(a->n_segments < a->max_segments);
-            segments[a->n_segments++] = (struct gpu_segment){
-                .slot = run.slot,
-                .first_row = run.first_row + (int)(from - run.position),
-                .n_rows = n,
-                .position = from,
-            };
-            if (n > wave.longest) wave.longest = n;
-            wave.begins |= begins(a, from);
-        }
-        wave.n = a->n_segments - wave.first;
-        if (!wave.n) return;
-        a->waves[a->n_waves++] = wave;
-        if (!has_blocks(a->twin)) return;
-    }
-}
-
-/* One past the last wave from `wave` on whose snapshots fit together. */
-static int waves_end(const struct gpu_attention *a, int wave) {
-    int end = wave, n = 0;
-    while (end < a->n_waves && n + a->waves[end].n <= a->n_snapshots)
-        n += a->waves[end++].n;
-    return end;
-}
-
 void gpu_attention_prompt_begin(struct gpu_attention *a, const struct gpu_attention_run *runs,
                                 int n_runs) {
     struct gpu_plan *plan = &a->prompt;
+    int longest = 0;
     assert(n_runs <= a->max_runs);
     a->n_runs = n_runs;
-    a->longest_run = 0;
     for (int i = 0; i < n_runs; i++) {
-        plan->host[i] = (struct gpu_segment){
+        plan->segments[i] = (struct gpu_segment){
             .slot = runs[i].slot,
             .first_row = runs[i].first_row,
             .n_rows = runs[i].n_rows,
@@ -440,22 +465,21 @@ void gpu_attention_prompt_begin(struct gpu_attention *a, const struct gpu_attent
         };
         assert(runs[i].first_row + runs[i].n_rows <= a->max_rows);
         assert(!a->shape.max_seq_len ||
-               plan->host[i].position + runs[i].n_rows <= a->shape.max_seq_len);
-        if (runs[i].n_rows > a->longest_run) a->longest_run = runs[i].n_rows;
+               plan->segments[i].position + runs[i].n_rows <= a->shape.max_seq_len);
+        if (runs[i].n_rows > longest) longest = runs[i].n_rows;
     }
-    struct gpu_segment *segments = plan->host + n_runs;
-    plan_waves(a, segments);
-    int n = n_runs + a->n_segments;
-    for (int wave = 0; a->n_waves > 1 && wave < a->n_waves;) {
-        int end = waves_end(a, wave), first = a->waves[wave].first;
-        for (int k = first; k < a->waves[end - 1].first + a->waves[end - 1].n; k++, n++) {
-            plan->host[n] = segments[k];
-            plan->host[n].slot = k - first;
-        }
-        wave = end;
+    gpu_plan_prompts(a);
+    if (!a->n_groups) return;
+    struct gpu_group last = a->groups[a->n_groups - 1];
+    size_t n_pieces = (size_t)(last.piece + last.n_pieces),
+           n_blocks = (size_t)(last.block + last.n_blocks);
+    upload(a, plan->segments_at, plan->segments, (size_t)a->max_runs + n_blocks,
+           sizeof *plan->segments);
+    if (gpu_has_blocks(a)) {
+        upload(a, plan->pieces_at, plan->pieces, n_pieces, sizeof *plan->pieces);
+        upload(a, plan->blocks_at, plan->blocks, n_blocks, sizeof *plan->blocks);
     }
-    gpu_upload(a->gpu, plan->device, plan->host, (size_t)n * sizeof *plan->host);
-    gpu_launch_angles(a->gpu, &a->shape, plan->device, n_runs, a->longest_run, plan->cosines,
+    gpu_launch_angles(a->gpu, &a->shape, plan->segments_at, n_runs, longest, plan->cosines,
                       plan->sines);
 }
 
@@ -466,10 +490,28 @@ static void answer(struct gpu_attention *a, const struct gpu_shape *shape, struc
         gpu_launch_answer(a->gpu, shape, &layer, segments, n, longest, rows);
 }
 
+/* Blocks begin, and each leaves a snapshot; the slots are as after the last row. */
+static void chain_blocks(struct gpu_attention *a, const struct gpu_group *g, int layer,
+                         const struct gpu_rows *rows) {
+    struct gpu_chain c = chain_of(a, &a->prompt);
+    c.first_layer = layer;
+    c.n_layers = 1;
+    c.pieces += g->piece;
+    c.blocks += g->block;
+    c.n_pieces = g->n_pieces;
+    c.n_blocks = g->n_blocks;
+    c.n_keys = g->n_keys;
+    gpu_launch_prepare(a->gpu, &c, g->most_keys, rows);
+    if (g->begins) gpu_launch_recall(a->gpu, &c, a->waves[g->wave].n);
+    for (int i = 0; i < g->n_waves; i++)
+        gpu_launch_wave(a->gpu, &c, i, a->waves[g->wave + i].first, a->waves[g->wave + i].n);
+    gpu_launch_place(a->gpu, &c, rows);
+    gpu_launch_commit(a->gpu, &c);
+}
+
 void gpu_attention_prompt_layer(struct gpu_attention *a, int layer,
                                 const struct gpu_attention_rows *rows) {
-    const struct gpu_segment *runs = a->prompt.device, *segments = runs + a->n_runs,
-                             *views = segments + a->n_segments;
+    const struct gpu_segment *runs = a->prompt.segments_at;
     struct gpu_rows r = rows_with_angles(a, rows, &a->prompt);
     if (row_by_row(a->twin)) {
         gpu_launch_row_by_row(a->gpu, &a->shape, &a->layers[layer], runs, a->n_runs, &r);
@@ -477,31 +519,21 @@ void gpu_attention_prompt_layer(struct gpu_attention *a, int layer,
     }
     struct gpu_layer only = a->layers[layer]; /* of a snapshot */
     only.layer = 0;
-    for (int wave = 0; wave < a->n_waves;) {
-        int first = a->waves[wave].first, n = 0, longest = 0;
-        int end = a->n_waves > 1 ? waves_end(a, wave) : 1;
-        for (; wave < end; wave++) {
-            struct gpu_wave now = a->waves[wave];
-            if (now.begins) begin_blocks(a, layer, 1, segments + now.first, now.n);
-            gpu_launch_store(a->gpu, &a->shape, layer, segments + now.first, now.n, now.longest,
-                             &r);
-            if (a->n_waves > 1) {
-                struct gpu_shape to = a->snapshot;
-                to.slots += (size_t)n * to.slot_stride;
-                gpu_launch_snapshot(a->gpu, &a->shape, layer, segments + now.first, now.n, &to);
-            }
-            n += now.n;
-            if (now.longest > longest) longest = now.longest;
+    for (int i = 0; i < a->n_groups; i++) {
+        const struct gpu_group *g = &a->groups[i];
+        const struct gpu_segment *segments = runs + a->max_runs + g->block;
+        if (g->chained) {
+            chain_blocks(a, g, layer, &r);
+            answer(a, &a->snapshot, only, segments, g->n_blocks, g->longest, &r);
+        } else {
+            gpu_launch_store(a->gpu, &a->shape, layer, segments, g->n_blocks, g->longest, &r);
+            answer(a, &a->shape, a->layers[layer], segments, g->n_blocks, g->longest, &r);
         }
-        if (a->n_waves > 1)
-            answer(a, &a->snapshot, only, views + first, n, longest, &r);
-        else
-            answer(a, &a->shape, a->layers[layer], segments, n, longest, &r);
     }
 }
 
 void gpu_attention_prompt_end(struct gpu_attention *a) {
     for (int i = 0; i < a->n_runs; i++)
-        a->positions[a->prompt.host[i].slot] += a->prompt.host[i].n_rows;
+        a->positions[a->prompt.segments[i].slot] += a->prompt.segments[i].n_rows;
     a->n_runs = 0;
 }

@@ -6,15 +6,25 @@
 #include "attention/gpu_kernels.h"
 #include "attention/internal.h"
 
-struct gpu_wave { /* the i-th block of every run of prompts: none needs a key of another */
-    int first, n, longest; /* segments; rows of the longest */
-    bool begins;           /* some segment is at the start of a block that folds */
+/* Arrays that the host plans, page-locked, and their copies on the device. */
+struct gpu_plan {
+    struct gpu_segment *segments, *segments_at;
+    struct gpu_piece *pieces, *pieces_at;
+    struct gpu_block *blocks, *blocks_at;
+    char *host, *device;    /* owned: where they lie */
+    float *cosines, *sines; /* owned, device: [rows][D / 2] */
 };
 
-/* Segments of a step: what the host plans, and its copy on the device. */
-struct gpu_plan {
-    struct gpu_segment *host, *device; /* host: page-locked */
-    float *cosines, *sines;            /* device: [rows][D / 2] */
+struct gpu_wave { /* the i-th block of every piece of a group */
+    int first, n; /* blocks of the group */
+};
+
+/* Pieces of prompts that are read together: as many as there is room for. */
+struct gpu_group {
+    int piece, n_pieces, block, n_blocks, wave, n_waves; /* the first of each, and how many */
+    int n_keys, most_keys;                               /* of all pieces, of the largest */
+    int longest;                                         /* rows of a block */
+    bool chained, begins; /* some block begins: rows see snapshots; one of the first wave does */
 };
 
 struct gpu_attention {
@@ -30,25 +40,32 @@ struct gpu_attention {
     float *far_angles;       /* device: cosines, then sines of max_distance */
     struct gpu_layer *layers, *layers_at; /* [n_layers] here and there */
 
-    /* blocks that begin */
-    char *scratch; /* device */
-    int units;     /* (layer, segment) pairs that it holds */
+    /* blocks that begin: gpu_kernels.h, struct gpu_chain, whose device memory this is */
+    struct gpu_shape snapshot;
+    char *snapshots;
+    float *phi, *values, *errors;
+    int *lists;
+    int n_snapshots, max_keys; /* blocks times layers, keys times layers that it has room for */
 
-    /* generated rows: [bucket] segments, then [n_begin] of those that begin a block */
+    /* generated rows: [bucket] segments; [n_begin] pieces and blocks of those that begin a block */
     struct gpu_plan generated;
     int max_bucket, bucket, n_generated;
 
-    /* rows of prompts: [n_runs] whole runs, [n_segments] within a block, and the same by snapshot */
+    /* rows of prompts: [n_runs] segments that are whole runs, [max_runs ...] blocks' in the order of blocks, slots as rows see
+     * them */
     struct gpu_plan prompt;
-    int max_segments, n_runs, n_segments, n_waves, longest_run;
+    int max_segments, n_runs, n_groups;
+    struct gpu_group *groups; /* [max_segments], as waves */
     struct gpu_wave *waves;
-    struct gpu_shape snapshot; /* slots of one layer */
-    char *snapshots;           /* device [n_snapshots] */
-    int n_snapshots;
 
     /* saved states: a slot of the twin's (page-locked; Hedgehog only), and its states on the device */
     char *host, *whole;
     struct slot_header header;
 };
+
+/* ---- gpu_plan.c ---- */
+bool gpu_has_blocks(const struct gpu_attention *a);
+bool gpu_begins(const struct gpu_attention *a, int64_t position); /* does the row there begin a block that folds another? */
+void gpu_plan_prompts(struct gpu_attention *a); /* segments of whole runs -> groups, waves, pieces, blocks and their segments */
 
 #endif

@@ -56,15 +56,7 @@ struct gpu_rows { /* struct gpu_attention_rows, and the angles of each row */
 void gpu_launch_angles(struct gpu *g, const struct gpu_shape *shape, const struct gpu_segment *segments, int n_segments,
                        int max_rows, float *cosines, float *sines);
 
-/* Terraced windows: segments at the start of a block choose the cache and fold the rest, in all of n_layers layers from
- * first_layer on; others are left alone, and so is a segment with slot < 0.  layers: [n_layers of the model] on the device.
- * scratch: gpu_memory_scratch_bytes() each for n_layers * n_segments * n_kv_heads.  Everything it reads has been there since
- * the end of the block before, so a step of generated rows may begin its blocks in all layers before the first. */
-size_t gpu_memory_scratch_bytes(const struct gpu_shape *shape);
-void gpu_launch_begin(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layers, int first_layer,
-                      int n_layers, const struct gpu_segment *segments, int n_segments, void *scratch);
-
-/* The segments' keys and values enter the memory (terraced, softmax), where a block has begun.  max_rows: the longest segment. */
+/* The segments' keys and values enter the memory (terraced, softmax) where no block begins or all have begun.  max_rows: the longest segment. */
 void gpu_launch_store(struct gpu *g, const struct gpu_shape *shape, int layer, const struct gpu_segment *segments,
                       int n_segments, int max_rows, const struct gpu_rows *rows);
 
@@ -83,10 +75,51 @@ bool gpu_launch_decode(struct gpu *g, const struct gpu_shape *shape, const struc
 bool gpu_launch_prefill(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
                         const struct gpu_segment *segments, int n_segments, int max_rows, const struct gpu_rows *rows);
 
-/* What the rows of segment i see of one layer, copied from its slot into slot i of another shape, whose slots have one layer
- * and no keys but the rotated ones: so that the next block may begin before this one's rows are answered. */
-void gpu_launch_snapshot(struct gpu *g, const struct gpu_shape *from, int layer, const struct gpu_segment *segments,
-                         int n_segments, const struct gpu_shape *to);
+/* ---- blocks of a terraced window that begin: memory.c, begin_block() ----
+ *
+ * What block b keeps and folds follows from what block b - 1 did: only that is serial.  A piece is consecutive rows of one
+ * sequence, or none: then the next row begins a block that is to begin.  Its blocks are numbered in waves, first those that
+ * are first in their piece, and each ends as a snapshot of what its rows see: so rows of all blocks are answered at once, from
+ * slots of one layer (layer.layer 0), and the last block's becomes the slot.
+ *
+ *   prepare   features and values of all keys that may be folded
+ *   recall    before the first wave, for pieces whose first block begins: how badly its candidates are recalled
+ *   wave      each of its blocks chooses the cache, folds the rest into S, and scores the candidates of the block after it
+ *   place     exact keys and values of every block
+ *   commit    the slots */
+struct gpu_piece {
+    int slot, first_row, n_rows;
+    int64_t position; /* of its first row */
+    int64_t oldest;   /* the first position that candidates may have but for the cache's; all of them are in the ring or rows */
+    int first_key, n_keys; /* of the scratch: the cache, then so many positions as are candidates within the piece */
+    int last_block;
+};
+struct gpu_block {
+    struct gpu_segment segment;
+    int piece, previous; /* previous: of the piece, -1: the slot is what there was before */
+    int begins, more;    /* it chooses and folds; the block after it in the piece does */
+};
+struct gpu_chain {
+    struct gpu_shape shape, snapshot; /* snapshot: slots of one layer, n_layers * n_blocks of them */
+    const struct gpu_layer *layers;   /* of the model, on the device */
+    int first_layer, n_layers;
+    const struct gpu_piece *pieces; /* on the device, as blocks */
+    const struct gpu_block *blocks;
+    int n_pieces, n_blocks, n_keys; /* n_keys: of all pieces */
+    float *phi, *values, *errors;
+    int *lists;
+};
+/* What a chain points to besides, in bytes: phi and values for each key and layer; errors for each piece and layer; lists for
+ * each snapshot. */
+size_t gpu_chain_phi_bytes(const struct gpu_shape *shape);
+size_t gpu_chain_value_bytes(const struct gpu_shape *shape);
+size_t gpu_chain_error_bytes(const struct gpu_shape *shape);
+size_t gpu_chain_list_bytes(const struct gpu_shape *shape);
+void gpu_launch_prepare(struct gpu *g, const struct gpu_chain *chain, int most_keys, const struct gpu_rows *rows);
+void gpu_launch_recall(struct gpu *g, const struct gpu_chain *chain, int n_blocks);
+void gpu_launch_wave(struct gpu *g, const struct gpu_chain *chain, int wave, int first_block, int n_blocks);
+void gpu_launch_place(struct gpu *g, const struct gpu_chain *chain, const struct gpu_rows *rows);
+void gpu_launch_commit(struct gpu *g, const struct gpu_chain *chain);
 
 /* Saved states: the S of every state head of a slot, fp32 at `whole` (a slot's bytes) <-> planes at `planes` (another's). */
 void gpu_launch_split(struct gpu *g, const struct gpu_shape *shape, int n_layers, void *planes, const void *whole);

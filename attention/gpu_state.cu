@@ -1,10 +1,9 @@
-/* gpu_state.cu - copies of a sequence's memory: states as planes and whole, rotated keys made anew,
- * and snapshots for rows that are answered later.
+/* gpu_state.cu - copies of a sequence's memory: states as planes and whole, and rotated keys made
+ * anew.
  *
  *   split, join  (1024 floats of a state head, state heads of all layers), 128 threads: 8 bytes
  *                read and written a float
  *   turn         (pairs of 256 elements, kv heads, layers), 256 threads
- *   snapshot     (SNAPSHOT_PIECES, kv heads, segments), 256 threads
  *   bound        bandwidth
  *   twin         slot.c, rebuild_turned(); gpu_device.cuh has the planes */
 #include "attention/gpu_device.cuh"
@@ -110,40 +109,4 @@ extern "C" void gpu_launch_turn(struct gpu *g, const struct gpu_shape *shape, in
     dim3 grid((unsigned)((n + TURN_THREADS - 1) / TURN_THREADS), (unsigned)shape->n_kv_heads,
               (unsigned)n_layers);
     LAUNCH(g, turn_kernel, grid, TURN_THREADS, 0, *shape, slot, tokens - 1);
-}
-
-/* ---- snapshots ---- */
-
-enum { SNAPSHOT_THREADS = 256, SNAPSHOT_PIECES = 8 };
-
-/* Every SNAPSHOT_PIECES-th part of an array, which is a whole number of T. */
-template <class T> DEVICE void copy_part(void *to, const void *from, size_t bytes) {
-    for (size_t i = (size_t)blockIdx.x * SNAPSHOT_THREADS + threadIdx.x; i < bytes / sizeof(T);
-         i += (size_t)SNAPSHOT_PIECES * SNAPSHOT_THREADS)
-        ((T *)to)[i] = ((const T *)from)[i];
-}
-
-static __global__ void __launch_bounds__(SNAPSHOT_THREADS)
-    snapshot_kernel(gpu_shape s, int layer, const gpu_segment *segments, gpu_shape copy) {
-    gpu_segment segment = segments[blockIdx.z];
-    if (segment.slot < 0) return;
-    gpu_place from = place_of(s, segment.slot, layer, (int)blockIdx.y);
-    gpu_place to = place_of(copy, (int)blockIdx.z, 0, (int)blockIdx.y);
-    size_t plane = s.S_floats * sizeof(uint16_t);
-    for (int h = 0; h < s.state_heads; h++) {
-        copy_part<uint4>(plane_hi(copy, to, h), plane_hi(s, from, h), plane);
-        if (s.exact) copy_part<uint4>(plane_lo(copy, to, h), plane_lo(s, from, h), plane);
-        copy_part<uint4>(normaliser(copy, to, h), normaliser(s, from, h),
-                         s.phi_lanes * sizeof(float));
-    }
-    copy_part<uint4>(to.turned, from.turned, s.keys_bytes);
-    copy_part<uint4>(to.values, from.values, s.values_bytes);
-    copy_part<int64_t>(to.positions, from.positions, (size_t)s.cache * sizeof(int64_t));
-}
-
-extern "C" void gpu_launch_snapshot(struct gpu *g, const struct gpu_shape *from, int layer,
-                                    const struct gpu_segment *segments, int n_segments,
-                                    const struct gpu_shape *to) {
-    dim3 grid(SNAPSHOT_PIECES, (unsigned)from->n_kv_heads, (unsigned)n_segments);
-    LAUNCH(g, snapshot_kernel, grid, SNAPSHOT_THREADS, 0, *from, layer, segments, *to);
 }

@@ -80,13 +80,17 @@ static void test_little_room_changes_nothing(void **state) {
     float *whole = rows_open(&g), *y = rows_open(&g);
     device_prompt(&d, 0, 0, 0, N, N, whole);
     device_generate(&d, 0, 0, N, LONG, whole);
-    assert_true(d.a->n_snapshots > 2 && d.a->units > 2);
-    d.a->n_snapshots = 2;
-    d.a->units = 1;
-    device_prompt(&d, 1, 0, 0, N, N, y);
-    d.a->units = 2; /* no divisor of the layers */
-    device_generate(&d, 1, 0, N, LONG, y);
-    assert_true(same_bits(&g, whole, y));
+    int keys = d.a->shape.cache + d.a->shape.window_size;
+    int blocks = d.a->n_snapshots, all_keys = d.a->max_keys;
+    for (int room = 1; room < 5; room++) { /* of 1 or 2 blocks, or the keys of 1 or 2 */
+        gpu_attention_slot_clear(d.a, 1);
+        d.a->n_snapshots = room > 2 ? blocks : room;
+        d.a->max_keys = room > 2 ? (room - 2) * keys : all_keys;
+        assert_true(d.a->n_snapshots <= blocks && d.a->max_keys <= all_keys);
+        device_prompt(&d, 1, 0, 0, N, N, y);
+        device_generate(&d, 1, 0, N, LONG, y);
+        assert_true(same_bits(&g, whole, y));
+    }
     free(whole), free(y);
     close_both(&g, &d);
 }
