@@ -20,6 +20,9 @@
 #include "attention/gpu_decode.h"
 #include "attention/gpu_device.cuh"
 
+#include <stddef.h>
+#include <stdint.h>
+
 enum { DECODE_THREADS = 256, DECODE_WARPS = DECODE_THREADS / 32 };
 enum { LINE = 512 };                              /* bytes, a warp's load */
 enum { MAX_UNITS = 16 };                          /* of a block */
@@ -140,6 +143,11 @@ DEVICE int tile_of(const decode_unit &u, int i) {
     return first + i + i / SOFTMAX_TILES * u.stretch;
 }
 
+/* Tiles from number i to here lie one after the other, softmax ones to the end of a piece. */
+DEVICE int tile_range_end(const decode_unit &u, int i) {
+    return i < u.upto[0] ? u.upto[0] : i < u.upto[1] ? u.upto[1] : u.upto[2];
+}
+
 DEVICE bool is_seen(const gpu_shape &s, const decode_unit &u, int entry) {
     gpu_view v = {u.sinks, u.cached, {u.half[0], u.half[1]}, 0};
     return sees(s, v, entry);
@@ -150,77 +158,76 @@ DEVICE int tiles_of_piece(const decode_job &j, const decode_unit &u, int piece) 
     return left < j.piece_tiles ? left : j.piece_tiles;
 }
 
-/* How many of n things dealt out in turn come to this warp. */
-DEVICE int share(int n, int warp) {
-    return n > warp ? (n - warp + DECODE_WARPS - 1) / DECODE_WARPS : 0;
-}
-
 /* ---- the queue ---- */
 
 template <int D, int DEPTH> struct decode_stream {
-    enum { ROWS = LINE / 2 / D, ROW_LANES = D / 8, TILE_LINES = D / 16 }; /* rows of a line */
     const decode_unit *units;
     uint4 *queue; /* [DEPTH][threads], from this thread's first on */
     int n_units, warp, lane;
-    int slot; /* where the oldest line is */
-    /* the next line to ask for: stages 2 p and 2 p + 1 of a unit are keys and values of piece p,
-     * then come the states; k: of the stage's `count` lines for this warp */
-    int unit, stage, k, count;
+    int slot;              /* where the oldest line is */
+    const char *at, *stop; /* this lane's part of the next line; where those that may be read end */
+    int left, stride;      /* lines that come `stride` bytes after one another */
+    /* where those that follow are: stages 2 p and 2 p + 1 of a unit are keys and values of piece p,
+     * then come the states; `next` is the warp's next tile of keys, line of values or of S */
+    int unit, stage, next;
 };
 
 template <int D, int DEPTH>
-DEVICE void count_lines(const decode_job &j, decode_stream<D, DEPTH> &q) {
-    const decode_unit &u = q.units[q.unit];
-    int piece = q.stage / 2, lines = decode_stream<D, DEPTH>::TILE_LINES;
-    q.k = 0;
-    if (piece >= u.n_pieces)
-        q.count = j.s.features / (decode_stream<D, DEPTH>::ROWS * DECODE_WARPS);
-    else if (q.stage % 2 == 0)
-        q.count = share(tiles_of_piece(j, u, piece), q.warp) * lines;
-    else
-        q.count = share(tiles_of_piece(j, u, piece) * lines, q.warp);
+DEVICE void set_lines(decode_stream<D, DEPTH> &q, const char *from, int line, int n, int stride) {
+    q.at = from + (size_t)line * LINE + q.lane * 16;
+    q.left = n;
+    q.stride = stride;
+    q.stop = (const char *)UINTPTR_MAX;
 }
 
-template <int D, int DEPTH> DEVICE void next_unit(const decode_job &j, decode_stream<D, DEPTH> &q) {
-    do
-        q.unit++;
-    while (q.unit < q.n_units && q.units[q.unit].n_pieces == 0);
-    q.stage = 0;
-    if (q.unit < q.n_units) count_lines(j, q);
-}
-
+/* To the next lines that lie in steps; none are left when q.left stays 0. */
 template <int D, int DEPTH>
-DEVICE void next_stage(const decode_job &j, decode_stream<D, DEPTH> &q) {
-    const decode_unit &u = q.units[q.unit];
-    if (++q.stage < 2 * u.n_pieces + (u.linear ? j.s.state_heads : 0))
-        count_lines(j, q);
-    else
-        next_unit(j, q);
+DEVICE void next_lines(const decode_job &j, decode_stream<D, DEPTH> &q) {
+    enum { ROWS = LINE / 2 / D, TILE_LINES = D / 16, STRIDE = DECODE_WARPS * LINE };
+    while (q.unit < q.n_units) {
+        const decode_unit &u = q.units[q.unit];
+        int piece = q.stage / 2, next = q.next;
+        int lines = j.s.features / ROWS; /* of a state; per warp a whole number */
+        if (piece < u.n_pieces) {
+            int first = piece * j.piece_tiles, tiles = tiles_of_piece(j, u, piece);
+            lines = tiles * TILE_LINES;
+            if (q.stage % 2 == 0 && next < tiles) {
+                q.next += DECODE_WARPS;
+                set_lines(q, u.keys, tile_of(u, first + next) * TILE_LINES, TILE_LINES, LINE);
+                return;
+            }
+            if (q.stage % 2 == 1 && next < lines) {
+                int tile = first + next / TILE_LINES, last = tile_range_end(u, tile) - first;
+                if (lines > last * TILE_LINES) lines = last * TILE_LINES;
+                int n = (lines - next + DECODE_WARPS - 1) / DECODE_WARPS;
+                q.next += n * DECODE_WARPS;
+                set_lines(q, u.values, tile_of(u, tile) * TILE_LINES + next % TILE_LINES, n,
+                          STRIDE);
+                q.stop = u.values + (size_t)j.s.entries * D * 2;
+                return;
+            }
+        } else if (u.linear && next < lines) {
+            q.next += lines;
+            set_lines(
+                q, u.states + (size_t)(q.stage - 2 * u.n_pieces) * j.s.state_floats * sizeof(float),
+                next, lines / DECODE_WARPS, STRIDE);
+            return;
+        }
+        q.next = q.warp;
+        if (++q.stage >= 2 * u.n_pieces + (u.linear ? j.s.state_heads : 0)) {
+            q.stage = 0;
+            q.unit++;
+        }
+    }
 }
 
 /* Asks for the next line, if there is one, where the oldest was, which nobody reads any more. */
 template <int D, int DEPTH> DEVICE void ask(const decode_job &j, decode_stream<D, DEPTH> &q) {
-    enum { ROWS = LINE / 2 / D, ROW_LANES = D / 8, TILE_LINES = D / 16 };
-    while (q.unit < q.n_units && q.k == q.count)
-        next_stage(j, q);
-    if (q.unit < q.n_units) {
-        const decode_unit &u = q.units[q.unit];
-        int piece = q.stage / 2, line = q.warp + DECODE_WARPS * q.k;
-        const char *from;
-        bool there = true;
-        if (piece >= u.n_pieces) {
-            from = u.states + (size_t)(q.stage - 2 * u.n_pieces) * j.s.state_floats * sizeof(float);
-        } else {
-            bool keys = q.stage % 2 == 0;
-            int tile = keys ? q.warp + DECODE_WARPS * (q.k / TILE_LINES) : line / TILE_LINES;
-            from = keys ? u.keys : u.values;
-            line = tile_of(u, piece * j.piece_tiles + tile) * TILE_LINES +
-                   (keys ? q.k : line) % TILE_LINES;
-            there = keys || line * ROWS + q.lane / ROW_LANES < j.s.entries; /* values end there */
-        }
-        if (there)
-            cp_async16(q.queue + q.slot * DECODE_THREADS, from + (size_t)line * LINE + q.lane * 16);
-        q.k++;
+    if (q.left == 0) next_lines(j, q);
+    if (q.left > 0) {
+        if (q.at < q.stop) cp_async16(q.queue + q.slot * DECODE_THREADS, q.at);
+        q.at += q.stride;
+        q.left--;
     }
     cp_async_commit();
     q.slot = q.slot + 1 < DEPTH ? q.slot + 1 : 0;
@@ -234,9 +241,10 @@ DEVICE void start(const decode_job &j, decode_stream<D, DEPTH> &q, const decode_
     q.queue = queue + threadIdx.x;
     q.warp = (int)threadIdx.x / 32;
     q.lane = (int)threadIdx.x % 32;
-    q.slot = 0;
-    q.unit = -1;
-    next_unit(j, q);
+    q.slot = q.left = q.unit = q.stage = 0;
+    q.next = q.warp;
+    q.at = q.stop = NULL;
+    q.stride = 0;
 #pragma unroll 1
     for (int i = 0; i < DEPTH; i++)
         ask(j, q);
