@@ -4,22 +4,25 @@
  *
  *   y = (e^(c - m) phi_q S + sum_j e^(q.k_j / sqrt(D) - m) v_j) / (the same with z and 1)
  *
- *   shapes  D = 64 or 128; terraced windows with F a multiple of 32 up to 256, or softmax; bf16
- * keys and values; S as its plane of upper halves launch  (tiles of rows, kv heads x groups of
- * query heads, segments), 128 threads, 2 blocks a processor.  A warp has 16 M rows of one head; M =
- * 2 where two heads share keys, values and S and there are blocks enough to fill the device, else 1
- *   bound   arithmetic: a row and head takes 6 D f (projections, in halves) + 2 F D + 4 n D flops
- *           of n visible entries.  D = 128, F = 256, n = 257: 295,000.  A block of 64 rows and two
- *           heads reads 2 F D + 4 n D bytes of S, keys and values and 8 D f of maps: 330 KB, from
- * L2 twin    kernels.c, answer(); gpu_answer.cu without the rounding
+ *   shapes  D = 64 or 128; terraced windows with F a multiple of 32 up to 256, or softmax;
+ *           bf16 keys and values; S as its plane of upper halves
+ *   launch  (tiles of rows, kv heads x groups of query heads, segments), 128 threads.  A warp
+ *           has 16 M rows of one head.  M = 2 where the device holds two blocks of it a
+ *           processor and there are enough of them: two heads that share keys, values and S,
+ *           or 128 rows of one.  Else M = 1: 64 rows of one head
+ *   bound   arithmetic: a row and head takes 6 D f (projections, in halves) + 2 F D + 4 n D
+ *           flops of n visible entries; D = 128, F = 256, n = 257: 295,000.  64 rows of two
+ *           heads read 2 F D + 4 n D bytes of S, keys and values, 8 D f of maps: 330 KB, of
+ *           which the maps are every block's
+ *   twin    kernels.c, answer(); gpu_answer.cu without the rounding
  *
  * Rounded to bf16: queries as scores see them, weights and features before they meet values and S.
  * Denominators add what was rounded, so y stays a mean of values.  Not rounded: exponents of
  * features (gpu_prefill_features.cuh), z (in two halves), scales.
  *
  * One scale.  The linear part is first: m = max |u| for exp, 0 for the other maps.  Exact keys then
- * raise m as they come, as in flash attention (arXiv:2307.08691).  Mixing lolcats
- * divides exact terms by e^(their largest logit), so it scores keys twice, first for the largest.
+ * raise m as they come, as in flash attention (arXiv:2307.08691).  Mixing lolcats divides exact
+ * terms by e^(their largest logit), so it scores keys twice, first for the largest.
  *
  * Bits.  A row of an operand tile meets the same tiles of features and entries in the same order
  * whatever else is in the block.  Those it does not see add +0 to its sums and leave its maximum
@@ -198,11 +201,21 @@ DEVICE void add_values(const scores<M> &of, float scale, char *values, int lane,
 
 /* ---- a block ---- */
 
-DEVICE void write_pair(const gpu_rows &rows, size_t at, float x, float y) {
-    if (rows.y_bf16)
-        *(uint32_t *)((uint16_t *)rows.y + at) = pack_bf16(x, y);
-    else
-        *(float2 *)((float *)rows.y + at) = float2{x, y};
+/* pair(j): columns 8 j and 8 j + 1 from `at` on. */
+template <int D, class Pair> DEVICE void write_pairs(const gpu_rows &rows, size_t at, Pair pair) {
+    if (rows.y_bf16) {
+        uint16_t *to = (uint16_t *)rows.y + at;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+            float2 x = pair(j);
+            *(uint32_t *)(to + 8 * j) = pack_bf16(x.x, x.y);
+        }
+    } else {
+        float *to = (float *)rows.y + at;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++)
+            *(float2 *)(to + 8 * j) = pair(j);
+    }
 }
 
 template <int D, int M>
@@ -215,23 +228,22 @@ DEVICE void write_answers(const gpu_rows &rows, const prefill_task &t, int head,
             int asked = index + 16 * m + 8 * half + lane / 4;
             if (asked < t.first || asked > t.last) continue;
             float part = 1 / (of.total[m][2 * half] + 1e-30f);
-            size_t at = ((size_t)t.first_row + asked - t.first) * rows.y_row + (size_t)head * D +
-                        lane % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < D / 8; j++)
-                write_pair(rows, at + 8 * j, of.y[m][j][2 * half] * part,
-                           of.y[m][j][2 * half + 1] * part);
+            size_t row = (size_t)t.first_row + asked - t.first;
+            write_pairs<D>(rows, row * rows.y_row + (size_t)head * D + lane % 4 * 2, [&](int j) {
+                return float2{of.y[m][j][2 * half] * part, of.y[m][j][2 * half + 1] * part};
+            });
         }
 }
 
-/* Padding: zeros. */
+/* Padding: zeros; four threads a row, as above. */
 template <int D> DEVICE void write_zeros(const gpu_rows &rows, const prefill_task &t) {
-    int row_pairs = t.n_heads * D / 2, n = (t.last - t.first + 1) * row_pairs;
-    for (int i = threadIdx.x; i < n; i += PREFILL_THREADS)
-        write_pair(rows,
-                   ((size_t)t.first_row + i / row_pairs) * rows.y_row + (size_t)t.first_head * D +
-                       i % row_pairs * 2,
-                   0, 0);
+    for (int r = threadIdx.x / 4; r <= t.last - t.first; r += PREFILL_THREADS / 4)
+        for (int h = t.first_head; h < t.first_head + t.n_heads; h++)
+            write_pairs<D>(
+                rows, ((size_t)t.first_row + r) * rows.y_row + (size_t)h * D + threadIdx.x % 4 * 2,
+                [](int) {
+                    return float2{0, 0};
+                });
 }
 
 /* Which rows and heads are this block's; false: none. */
@@ -253,7 +265,7 @@ DEVICE bool find_task(const gpu_shape &s, const prefill_plan &plan, const gpu_se
 
 /* PLAIN: softmax, or map exp with mixing unified. */
 template <int D, int M, bool PLAIN>
-static __global__ void __launch_bounds__(PREFILL_THREADS, 2)
+static __global__ void __launch_bounds__(PREFILL_THREADS, D == 64 && M == 1 ? 3 : 2)
     prefill_kernel(gpu_shape s, gpu_layer layer, prefill_plan plan, const gpu_segment *segments,
                    gpu_rows rows) {
     DYNAMIC_SHARED(char, shared);
@@ -264,7 +276,8 @@ static __global__ void __launch_bounds__(PREFILL_THREADS, 2)
         write_zeros<D>(rows, t);
         return;
     }
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int lane = threadIdx.x % 32; /* warp: the compiler cannot see that its lanes agree */
+    int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
     int64_t position = segment.position - row_index(s, segment.position) + t.first;
     t.place = place_of(s, segment.slot, layer.layer, t.first_head / s.group);
     t.linear = folded_keys(s, position) > 0;
@@ -335,7 +348,7 @@ static __global__ void __launch_bounds__(PREFILL_THREADS, 2)
         for (int half = 0; half < 2; half++) /* z's two halves */
             to.total[m][2 * half] = to.total[m][2 * half + 1] =
                 to.total[m][2 * half] + to.total[m][2 * half + 1];
-    __syncwarp(); /* all lanes have read features, which queries take the place of */
+    /* Queries take the place of features: ldmatrix is a warp's, all its lanes have read. */
     if (active) put_queries<D, M>(s, rows, t, head, index, region, lane);
 
     /* A stage with clamped entries and others is two: each has its own version of q. */
@@ -435,20 +448,21 @@ extern "C" bool gpu_launch_prefill(struct gpu *g, const struct gpu_shape *shape,
     if (!takes(s) || !aligned(*rows)) return false;
     if (n_segments <= 0 || max_rows <= 0) return true;
     prefill_plan plan = {};
-    /* Of cards since 8.0 these have more than 100 KB of shared memory a processor. */
+    /* Two blocks of M = 2 need 2 x 113 KB of a processor; of M = 1, 2 x 81 KB (8.0), or 81 KB. */
     int capability = gpu_info(g)->capability;
-    bool roomy = capability == 80 || capability == 87 || capability == 90 || capability == 100 ||
-                 capability == 103;
-    bool shared = s.group > 1 && s.state_heads == 1;
-    int n_blocks = n_segments * s.n_kv_heads * ((s.group + 1) / 2) * ((max_rows + 63) / 64);
-    bool pairs = roomy && shared && n_blocks >= gpu_info(g)->n_processors;
+    bool roomy = capability == 90 || capability == 100 || capability == 103;
     bool plain = s.kind == ATTENTION_SOFTMAX || (s.map == MAP_EXP && s.mixing == MIXING_UNIFIED);
+    bool pairs = s.group > 1 && s.state_heads == 1; /* of heads, or of tiles of 64 rows */
+    bool tall = s.kind == ATTENTION_SOFTMAX || s.window_size > 64;
+    int64_t n_blocks =
+        (int64_t)n_segments * s.n_kv_heads *
+        (pairs ? (s.group + 1) / 2 * ((max_rows + 63) / 64) : s.group * ((max_rows + 127) / 128));
     auto start = [&](auto launcher, int heads) {
         plan.heads = heads;
         launcher(g, s, *layer, plan, segments, n_segments, max_rows, *rows);
     };
-    if (plain && pairs)
-        start(s.head_dim == 128 ? launch<128, 2, true> : launch<64, 2, true>, 2);
+    if (plain && roomy && (pairs || tall) && n_blocks >= gpu_info(g)->n_processors)
+        start(s.head_dim == 128 ? launch<128, 2, true> : launch<64, 2, true>, pairs ? 2 : 1);
     else if (plain)
         start(s.head_dim == 128 ? launch<128, 1, true> : launch<64, 1, true>, 1);
     else

@@ -36,10 +36,10 @@ DEVICE query_piece rotated_piece(query_piece x, const float *cosines, const floa
 template <int D, int M, class Use>
 DEVICE void each_query(const gpu_rows &rows, const prefill_task &t, int head, int index, int lane,
                        Use use) {
-    enum { PIECES = D / 8 };
+    enum { PIECES = D / 8, STEP = 32 / PIECES };
 #pragma unroll 2
-    for (int i = lane; i < 16 * M * PIECES; i += 32) {
-        int r = i / PIECES, d = i % PIECES * 4, asked = index + r;
+    for (int k = 0; k < 16 * M / STEP; k++) {
+        int r = lane / PIECES + k * STEP, d = lane % PIECES * 4, asked = index + r;
         query_piece x = {{0, 0, 0, 0}, {0, 0, 0, 0}};
         int at = -1;
         if (asked >= t.first && asked <= t.last) {
@@ -99,38 +99,33 @@ DEVICE void put_queries(const gpu_shape &s, const gpu_rows &rows, const prefill_
 
 /* ---- projections ---- */
 
-/* 16 rows of d of the W of each head: fp32 from global memory, halves to shared memory.  Warps take
- * rows in turn, a lane four columns. */
+/* 16 rows of the W of each head: fp32 from global memory, halves to shared memory.  Row k of a warp
+ * is row warp + 4 k of them all, a lane has four columns. */
 struct map_rows {
     float4 w[8];
 };
 
+/* from: the first head's W at the warp's first row and the lane's columns. */
 template <int D>
-DEVICE map_rows fetch_map(const gpu_shape &s, const gpu_layer &layer, const prefill_task &t,
-                          int d) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+DEVICE map_rows fetch_map(const gpu_shape &s, const prefill_task &t, const float *from) {
+    bool mine = threadIdx.x % 32 * 4 < (unsigned)s.f, both = mine && t.n_heads > 1;
     map_rows m;
 #pragma unroll
-    for (int k = 0; k < 8; k++) {
-        int row = warp + k * PREFILL_WARPS, head = row / 16;
-        m.w[k] = float4{0, 0, 0, 0};
-        if (head < t.n_heads && lane * 4 < s.f)
-            m.w[k] =
-                *(const float4 *)(layer.map_q +
-                                  ((size_t)(t.first_head + head) * D + d + row % 16) * s.f_lanes +
-                                  lane * 4);
-    }
+    for (int k = 0; k < 8; k++)
+        m.w[k] = (k < 4 ? mine : both)
+                     ? *(const float4 *)(from + (k / 4 * D + k % 4 * PREFILL_WARPS) * s.f_lanes)
+                     : float4{0, 0, 0, 0};
     return m;
 }
 
 DEVICE void put_map(const gpu_shape &s, const prefill_plan &plan, const map_rows &m, char *to) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int column = threadIdx.x % 32 * 4, warp = threadIdx.x / 32;
+    if (column >= s.f) return;
 #pragma unroll
     for (int k = 0; k < 8; k++) {
-        int row = warp + k * PREFILL_WARPS, head = row / 16;
-        if (head >= plan.heads || lane * 4 >= s.f) continue;
-        char *at =
-            swizzled_element(to + head * 32 * plan.map_row, row % 16, lane * 4, plan.map_row);
+        if (k / 4 >= plan.heads) break;
+        char *at = swizzled_element(to, warp + k % 2 * 4, column, plan.map_row) +
+                   (k / 4 * 32 + k / 2 % 2 * 8) * plan.map_row;
         uint2 high, low;
         split_bf16(m.w[k].x, m.w[k].y, high.x, low.x);
         split_bf16(m.w[k].z, m.w[k].w, high.y, low.y);
@@ -153,12 +148,13 @@ DEVICE void project(const gpu_shape &s, const gpu_layer &layer, const prefill_pl
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 u[m][j][i] = 0;
-    put_map(s, plan, fetch_map<D>(s, layer, t, 0), maps);
+    const float *from =
+        layer.map_q + ((size_t)t.first_head * D + threadIdx.x / 32) * s.f_lanes + lane * 4;
+    put_map(s, plan, fetch_map<D>(s, t, from), maps);
     __syncthreads();
     for (int d = 0; d < D; d += 16) {
         char *now = maps + (d / 16 % 2) * buffer + my_head * 32 * plan.map_row;
-        map_rows next;
-        if (d + 16 < D) next = fetch_map<D>(s, layer, t, d + 16);
+        map_rows next = fetch_map<D>(s, t, from + (d + 16 < D ? d + 16 : d) * s.f_lanes);
         if (active) {
             uint32_t high[M][4], low[M][4];
 #pragma unroll
@@ -182,7 +178,7 @@ DEVICE void project(const gpu_shape &s, const gpu_layer &layer, const prefill_pl
                     }
             }
         }
-        if (d + 16 < D) put_map(s, plan, next, maps + (1 - d / 16 % 2) * buffer);
+        put_map(s, plan, next, maps + (1 - d / 16 % 2) * buffer);
         __syncthreads();
     }
     if (!layer.map_q_bias) return;

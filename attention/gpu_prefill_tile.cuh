@@ -23,7 +23,7 @@ enum {
 struct prefill_plan {
     int heads;        /* of a kv head that a block answers: 1 or 2 */
     int head_groups;  /* of a kv head */
-    int tile_rows;    /* of one head: 16 M warps / heads */
+    int tile_rows;    /* of one head: 16 M warps / heads, a power of 2 */
     int map_row;      /* bytes of a row of W, of one half */
     int phi_row;      /* bytes of a row of features */
     int region_bytes; /* shared memory of a warp: queries, features */
@@ -118,23 +118,6 @@ DEVICE int first_that_sees(const gpu_shape &s, const prefill_task &t, int entry)
     return t.before ? 0 : NEVER;
 }
 
-/* A warp counts the cache: places in use, and those of them that are clamped. */
-DEVICE void count_cache(const gpu_shape &s, const prefill_task &t, int64_t position, int lane,
-                        int &cached, int &clamped) {
-    int used = 0, far = 0;
-    for (int i = lane; i < s.cache; i += 32) {
-        int64_t key = t.place.positions[i];
-        used += key >= 0;
-        far += key >= 0 && is_clamped(s, key, position);
-    }
-    for (int distance = 16; distance > 0; distance /= 2) {
-        used += __shfl_xor_sync(0xffffffffu, used, distance);
-        far += __shfl_xor_sync(0xffffffffu, far, distance);
-    }
-    cached = used;
-    clamped = far;
-}
-
 /* view_of(), by all lanes at once; t.place and t.last are set. */
 DEVICE void look_around(const gpu_shape &s, prefill_task &t, int64_t position, int lane) {
     t.sinks = t.cached = t.clamped = t.now = 0;
@@ -142,16 +125,22 @@ DEVICE void look_around(const gpu_shape &s, prefill_task &t, int64_t position, i
     t.entries = t.last + 1;
     if (is_softmax(s)) return;
     int64_t w = s.window_size, block = position / w;
-    int ring = s.sinks + s.cache;
-    count_cache(s, t, position, lane, t.cached, t.clamped);
-    t.sinks = block >= 2 ? s.sinks : 0;
-    if (s.max_distance) { /* sink i is i - block w tokens away */
-        int64_t far = block * w - s.max_distance;
-        t.clamped += far < 0 ? 0 : far < t.sinks ? (int)far : t.sinks;
+    int64_t near = s.max_distance ? block * w - s.max_distance : 0; /* not clamped from here on */
+    for (int i = lane; i < s.cache; i += 32) {
+        int64_t key = t.place.positions[i];
+        t.cached += key >= 0;
+        t.clamped += key >= 0 && key < near;
     }
+    for (int distance = 16; distance > 0; distance /= 2) {
+        t.cached += __shfl_xor_sync(0xffffffffu, t.cached, distance);
+        t.clamped += __shfl_xor_sync(0xffffffffu, t.clamped, distance);
+    }
+    t.sinks = block >= 2 ? s.sinks : 0;
+    t.clamped += near < 0 ? 0 : near < t.sinks ? (int)near : t.sinks;
     t.now = (int)(block % 2);
     t.before = block >= 1;
-    t.entries = t.now ? ring + (int)w + t.last + 1 : ring + (t.before ? 2 * (int)w : t.last + 1);
+    int end = s.sinks + s.cache + t.now * (int)w + t.last + 1; /* of the half that grows */
+    t.entries = t.before && !t.now ? s.sinks + s.cache + 2 * (int)w : end;
 }
 
 /* ---- stages: tiles of S, then of keys and values ---- */

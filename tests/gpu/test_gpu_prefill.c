@@ -355,6 +355,8 @@ static void test_agrees_with_fp32_for_every_shape(void **state) {
     agrees(&m, (struct part){0, 64 * 6 + 40, 9, 3, 7}, "D 128, F 32, a state for each query head");
     m = HEDGEHOG, m.w = 128, m.F = 32;
     agrees(&m, (struct part){0, 128 * 3 + 60, 66, 3, 40}, "window 128");
+    m.kv_heads = 4;
+    agrees(&m, (struct part){0, 128 * 4, 70, 3, 40}, "window 128, four heads");
     m.w = 48;
     agrees(&m, (struct part){0, 48 * 3 + 30, 18, 3, 40}, "window 48");
 }
@@ -426,6 +428,8 @@ static void test_softmax_agrees_with_fp32(void **state) {
     agrees(&m, (struct part){0, 400, 1, 1, 0}, "the last row");
     m.D = 128, m.group = 3, m.kv_heads = 2;
     agrees(&m, (struct part){0, 77, 66, 1, 0}, "D 128, group 3");
+    m.group = 1, m.kv_heads = 4;
+    agrees(&m, (struct part){0, 90, 50, 1, 0}, "D 128, four heads");
 }
 
 /* Pieces of a prompt: each with the memory as it was then, NaN for what comes later. */
@@ -454,13 +458,14 @@ static void test_any_cut_gives_the_same_bits(void **state) {
     m = HEDGEHOG, m.D = 128, m.F = 32, m.group = 2, m.kv_heads = 4; /* blocks of two heads */
     pieces_agree(&m, (struct part){0, 64 * 3, 63, 1, 12}, (int[]){33, 1, 64});
     m = (struct model){.D = 64,
-                       .kv_heads = 1,
-                       .group = 2,
+                       .kv_heads = 2,
+                       .group = 1,
                        .softmax = true,
                        .rope = true,
                        .max_seq_len = 300,
                        .map_after_rope = true};
-    pieces_agree(&m, (struct part){0, 3, 260, 1, 0}, (int[]){1, 62, 70, 300});
+    /* the whole by tiles of 128 rows of a head, its pieces by tiles of 64 */
+    pieces_agree(&m, (struct part){0, 3, 260, 1, 0}, (int[]){1, 62, 70, 100, 300});
 }
 
 /* Alone a sequence is answered by blocks of one head, in company by blocks of two. */
