@@ -6,6 +6,7 @@
  * gpu_chain).  Generated rows that begin a block do so in all layers before the first. */
 #include "attention/gpu_internal.h"
 
+#include "attention/gpu_decode.h"
 #include "compute/memory.h"
 
 #include <assert.h>
@@ -241,6 +242,7 @@ static enum err place_all_but_slots(struct gpu_attention *a) {
     if (!e) e = new_plan(a, &a->generated, a->max_bucket, a->max_runs, a->max_bucket);
     if (!e)
         e = new_plan(a, &a->prompt, a->max_runs + a->max_segments, a->max_segments, a->max_rows);
+    if (!e) e = allocate(a, &a->scratch, gpu_generated_scratch_bytes(&a->shape, a->max_bucket));
     if (!e) e = allocate(a, &a->snapshots, snapshots * a->snapshot.slot_stride);
     if (!e) e = allocate(a, &a->phi, keys * gpu_chain_phi_bytes(&a->shape));
     if (!e) e = allocate(a, &a->values, keys * gpu_chain_value_bytes(&a->shape));
@@ -311,6 +313,7 @@ void gpu_attention_free(struct gpu_attention *a) {
     gpu_release(a->gpu, a->layers_at);
     gpu_release(a->gpu, a->theta);
     gpu_release(a->gpu, a->far_angles);
+    gpu_release(a->gpu, a->scratch);
     gpu_release(a->gpu, a->snapshots);
     gpu_release(a->gpu, a->phi);
     gpu_release(a->gpu, a->values);
@@ -437,9 +440,9 @@ void gpu_attention_generated_layer(struct gpu_attention *a, int layer,
         gpu_launch_row_by_row(a->gpu, &a->shape, l, segments, a->bucket, &r);
         return;
     }
+    if (gpu_launch_generated(a->gpu, &a->shape, l, segments, a->bucket, &r, a->scratch)) return;
     gpu_launch_store(a->gpu, &a->shape, layer, segments, a->bucket, 1, &r);
-    if (!gpu_launch_decode(a->gpu, &a->shape, l, segments, a->bucket, &r))
-        gpu_launch_answer(a->gpu, &a->shape, l, segments, a->bucket, 1, &r);
+    gpu_launch_answer(a->gpu, &a->shape, l, segments, a->bucket, 1, &r);
 }
 
 void gpu_attention_generated_end(struct gpu_attention *a) {

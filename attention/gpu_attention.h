@@ -45,9 +45,12 @@ struct gpu_attention_rows { /* on the device; row strides in elements */
     bool y_bf16;
 };
 
-/* Generated rows: run i is row i, one row of slots[i]; slots[i] < 0 and rows from n on are padding: nothing is read or
- * written but zeros in y.  begin queues the upload of what the step needs; layer may be recorded in a graph and replayed after
- * another begin with the same bucket.  end advances the positions. */
+/* begin plans the step in host memory that queued copies read: the next begin of the same sort comes after gpu_wait().
+ *
+ * Generated rows: run i is row i, one row of slots[i]; slots[i] < 0 and rows from n on are padding: nothing is read or
+ * written but zeros in y.  bucket: at most the least power of two from max_runs on.  begin queues the upload of what the step
+ * needs, and in all layers what rows at the start of a block do to the memory; layer may be recorded in a graph and replayed
+ * after another begin with the same bucket.  end advances the positions. */
 void gpu_attention_generated_begin(struct gpu_attention *a, const int *slots, int n, int bucket);
 void gpu_attention_generated_layer(struct gpu_attention *a, int layer, const struct gpu_attention_rows *rows);
 void gpu_attention_generated_end(struct gpu_attention *a);

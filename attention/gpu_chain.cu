@@ -302,6 +302,7 @@ DEVICE void add_keys(const wave_shared &m, const columns &t, const int *key, int
         __syncthreads();
         const float *phi = m.stage + now * STAGE + f,
                     *v = m.stage + now * STAGE + STAGED_KEYS * F_PITCH + d;
+#pragma unroll 4
         for (int j = 0; f < floats && j < count; j++) {
             float4 x = *(const float4 *)(phi + j * F_PITCH);
             float2 y = *(const float2 *)(v + j * CHAIN_COLUMNS);
@@ -344,6 +345,7 @@ DEVICE void recall(const wave_shared &m, const columns &t, const int *key, int n
             int floats = t.phi_lanes - f0 < STAGED_F ? t.phi_lanes - f0 : STAGED_F;
             const float *S = m.S + f0 * CHAIN_COLUMNS + d, *z = m.z + f0,
                         *phi = m.stage + now * STAGE + j0 * J_PITCH;
+#pragma unroll 2
             for (int f = 0; f < floats; f += 4) {
                 float2 y[4];
 #pragma unroll

@@ -50,6 +50,7 @@ struct gpu_attention {
     /* generated rows: [bucket] segments; [n_begin] pieces and blocks of those that begin a block */
     struct gpu_plan generated;
     int max_bucket, bucket, n_generated;
+    void *scratch; /* device: gpu_launch_generated()'s */
 
     /* rows of prompts: [n_runs] segments that are whole runs, [max_runs ...] blocks' in the order of blocks, slots as rows see
      * them */

@@ -177,6 +177,46 @@ static void test_without_exact_only_the_state_is_rounded(void **state) {
     rig_close(&g);
 }
 
+/* The shapes that have kernels of their own: queries, weights and features are rounded to bf16, by
+ * 2^-9 at most, S likewise.  A logit is a sum of D terms of |q| |k| <= 4 over sqrt(D), rounded with
+ * either sign: by 2^-9 4 or so; a feature's exponent is not rounded.  Weights are off by that, and
+ * y by twice that at most, for numerator and denominator; 2^-9 three times for what is rounded
+ * after. (A wrong key is off by ten times as much.) */
+static void test_fast_shapes_are_the_cpus_but_for_rounding(void **state) {
+    (void)state;
+    for (int sort = 0; sort < 4; sort++) {
+        struct attention_config c = base_config();
+        c.n_heads = 6, c.n_kv_heads = 2, c.head_dim = 64, c.features = 64, c.kv_type = KV_BF16;
+        c.window_size = 16, c.cache_size = 20, c.max_distance = 40;
+        if (sort == 1) c.mixing = MIXING_LOLCATS, c.map = MAP_SOFTMAX2;
+        if (sort == 2)
+            c.key_map_per_query_head = true, c.map_before_rope = false, c.max_distance = 0;
+        if (sort == 3) {
+            c = softmax_config();
+            c.head_dim = 128, c.n_heads = 4, c.kv_type = KV_BF16;
+        }
+        struct rig g;
+        struct device d;
+        rig_open(&g, c, 100, N, 1, false);
+        device_open(&d, gpu, &g, false);
+        void *slot = slot_open(&g);
+        float *want = rows_open(&g), *got = rows_open(&g), *again = rows_open(&g);
+        rig_read(&g, slot, 0, N, want);
+        device_prompt(&d, 2, 0, 0, PROMPT, PROMPT, got);
+        device_generate(&d, 2, 0, PROMPT, N, got);
+        assert_same_caches(&d, 2, slot);
+        float off = farthest(&g, want, got, N), most = 2 * 4 * 0x1p-9f + 3 * 0x1p-9f;
+        print_message("fast shape %d: off by %.1e of %.1e\n", sort, (double)off, (double)most);
+        assert_true(off <= most);
+        device_prompt(&d, 1, 0, 0, PROMPT, 9, again);
+        device_generate(&d, 1, 0, PROMPT, N, again);
+        assert_true(same_bits(&g, got, again)); /* however it was cut */
+        free(slot), free(want), free(got), free(again);
+        device_close(&d);
+        rig_close(&g);
+    }
+}
+
 /* ---- both orders in which the emulator runs threads ---- */
 
 static int lock_step(void **state) {
@@ -201,6 +241,7 @@ int main(void) {
         cmocka_unit_test(test_big_heads_are_the_cpus),
         cmocka_unit_test(test_any_prompt_and_cut_is_the_cpus),
         cmocka_unit_test(test_without_exact_only_the_state_is_rounded),
+        cmocka_unit_test(test_fast_shapes_are_the_cpus_but_for_rounding),
     };
     int failed = cmocka_run_group_tests_name("lock-step", tests, lock_step, report);
     failed += cmocka_run_group_tests_name("one warp at a time", tests, one_warp_at_a_time, report);

@@ -45,7 +45,7 @@ static void test_prompts_do_not_see_their_neighbours(void **state) {
     for (int sort = 0; sort < SORTS; sort++) {
         struct rig g;
         struct device d;
-        open_sort(&g, &d, sort, true);
+        open_sort(&g, &d, sort, sort != FAST);
         float *alone[3], *y[3];
         for (int s = 0; s < 3; s++) {
             alone[s] = rows_open(&g), y[s] = rows_open(&g);
@@ -135,7 +135,7 @@ static void test_generated_rows_do_not_see_their_neighbours(void **state) {
     for (int sort = 0; sort < SORTS; sort++) {
         struct rig g;
         struct device d;
-        open_sort(&g, &d, sort, true);
+        open_sort(&g, &d, sort, sort != FAST);
         check_batches(&d, &g, sort, NULL);
         close_both(&g, &d);
     }
@@ -147,7 +147,7 @@ static void test_a_recorded_step_goes_on_with_any_batch(void **state) {
         struct rig g;
         struct device d;
         struct gpu_graph *graph = NULL;
-        open_sort(&g, &d, sort, true);
+        open_sort(&g, &d, sort, sort != FAST);
         check_batches(&d, &g, sort, &graph);
         gpu_graph_free(gpu, graph);
         close_both(&g, &d);
@@ -160,8 +160,8 @@ static void test_padding_is_zeros_and_touches_nothing(void **state) {
     for (int sort = 0; sort < SORTS; sort++) {
         struct rig g;
         struct device d;
-        open_sort(&g, &d, sort, true);
-        size_t row = row_floats(&g) + 1, floats = MOST_ROWS * row;
+        open_sort(&g, &d, sort, sort != FAST);
+        size_t row = row_floats(&g) + Y_PAD, floats = MOST_ROWS * row;
         size_t bytes = DEVICE_SLOTS * d.a->shape.slot_stride;
         char *before = malloc(bytes), *after = malloc(bytes);
         float *y = rows_open(&g), *out = malloc(floats * sizeof *out);
@@ -175,7 +175,7 @@ static void test_padding_is_zeros_and_touches_nothing(void **state) {
         must_wait(gpu);
         assert_memory_equal(before, after, bytes);
         for (size_t i = 0; i < floats; i++)
-            if (i < 4 * row && i % row < row - 1)
+            if (i < 4 * row && i % row < row - Y_PAD)
                 assert_true(out[i] == 0);
             else
                 assert_true(isnan(out[i]));
@@ -191,10 +191,10 @@ static void test_results_in_bf16_are_rounded_results(void **state) {
     for (int sort = 0; sort < SORTS; sort++) {
         struct rig g;
         struct device d;
-        open_sort(&g, &d, sort, true);
+        open_sort(&g, &d, sort, sort != FAST);
         size_t row = row_floats(&g);
         float *y = rows_open(&g);
-        uint16_t *got = malloc(MOST_ROWS * (row + 1) * sizeof *got);
+        uint16_t *got = malloc(MOST_ROWS * (row + Y_PAD) * sizeof *got);
         struct piece p = {0, 0, 0, 30, y};
         read_prompts(&d, &p, 1, 0); /* leaves the inputs in the step */
         for (int generated = 0; generated < 2; generated++) {
@@ -210,11 +210,11 @@ static void test_results_in_bf16_are_rounded_results(void **state) {
                 gpu_attention_generated_layer(d.a, 0, &rows);
             else
                 gpu_attention_prompt_layer(d.a, 0, &rows);
-            gpu_download(gpu, got, d.step_y[0], (size_t)n * (row + 1) * sizeof *got);
+            gpu_download(gpu, got, d.step_y[0], (size_t)n * (row + Y_PAD) * sizeof *got);
             must_wait(gpu);
             for (int r = 0; r < n; r++)
                 for (size_t i = 0; i < row; i++) {
-                    uint32_t bits = (uint32_t)got[(size_t)r * (row + 1) + i] << 16;
+                    uint32_t bits = (uint32_t)got[(size_t)r * (row + Y_PAD) + i] << 16;
                     float x;
                     memcpy(&x, &bits, sizeof x);
                     assert_true(x == reference_round(KV_BF16, y[(size_t)r * row + i]));
@@ -237,7 +237,7 @@ static void test_nan_stays_in_its_sequence(void **state) {
              i++) /* the last SHIFT tokens: sequence 0 never reads them */
             for (size_t e = (size_t)N * kv_floats(&g); e < (size_t)LONG * kv_floats(&g); e++)
                 g.k[i][e] = g.v[i][e] = NAN;
-        device_open(&d, gpu, &g, true);
+        device_open(&d, gpu, &g, sort != FAST);
         device_prompt(&d, 0, 0, 0, 50, 25, alone);
         device_generate(&d, 0, 0, 50, N, alone);
         gpu_attention_slot_clear(d.a, 0);
