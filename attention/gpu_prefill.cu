@@ -27,7 +27,7 @@
  * Bits.  A row of an operand tile meets the same tiles of features and entries in the same order
  * whatever else is in the block.  Those it does not see add +0 to its sums and leave its maximum
  * alone; so leaving them out, as warps and blocks whose rows all do not see them do, changes
- * nothing. */
+ * nothing.  Kernels of either M do the same sums: no product is left to the compiler to fuse. */
 #include "attention/gpu_prefill_features.cuh"
 
 /* A warp's rows on their way; row 16 m + 8 half + lane / 4. */
@@ -325,7 +325,8 @@ static __global__ void __launch_bounds__(PREFILL_THREADS, D == 64 && M == 1 ? 3 
         if (active) put_map_inputs<D, M>(s, rows, t, head, index, region, lane);
         project<D, M>(s, layer, plan, t, my_head, active, region, stages + plan.stage_bytes, u);
         if (active)
-            put_features<M, PLAIN>(s, plan, lolcats ? 0 : mix * LOG2E, u, region, lane, to.largest);
+            put_features<M, PLAIN>(s, plan, lolcats ? 0 : rounded_product(mix, LOG2E), u, region,
+                                   lane, to.largest);
     }
 #pragma unroll
     for (int m = 0; m < M; m++)

@@ -264,7 +264,7 @@ DEVICE void put_features(const gpu_shape &s, const prefill_plan &plan, float log
             float reach;
             map_terms x = row_terms<PLAIN>(s, u[m], half, reach);
             int row = 16 * m + 8 * half + lane / 4;
-            shift[m][half] = reach * LOG2E;
+            shift[m][half] = rounded_product(reach, LOG2E);
             if (!bounded) x.a[0] = x.a[1] = log_scale - shift[m][half];
 #pragma unroll
             for (int j = 0; j < MOST_F / 8; j++) {
