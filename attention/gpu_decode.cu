@@ -2,23 +2,25 @@
  * remembers once for all its query heads.
  *
  *   shapes  D 64 or 128, F a multiple of 32 up to 256, up to 8 query heads of a kv head, bf16 keys;
- *           terraced windows, and softmax of any length
+ *           terraced windows of up to 1,024 entries, and softmax of any length
  *   launch  (groups of segments, kv heads, 1 or shares of a softmax sequence), 256 threads: as many
  *           blocks as the device holds at once, each with up to 16 segments one after the other
- *   bound   bytes: 4 D of every entry in sight (rounded up to tiles of 16), 2 F D of every state
- *           head, 4 F of z.  Default model, 129 + 96 entries, 3 query heads: 58 + 16 + 0.5 KB of a
- *           kv head.  8B with 257 entries in sight and F = 256: 132 + 64 + 1 KB
- *   flight  DEPTH lines of 512 bytes of each of 8 warps: 48 KB of a block with D = 64 (3 blocks a
- *           processor), 64 KB with D = 128 (2); 3.35 TB/s take 18 KB a processor at 700 ns
- *   work    of a line of 512 bytes, which a processor may take 38 clocks (152 instructions) for: 8
- *           products and a load of each query head, 8 conversions, about 30 to queue another
- *   twin    gpu_launch_answer(), of which it differs by the order of fp32 sums
+ *   bound   bytes: 4 D of every entry in sight (in tiles of 16), 2 F D of every state head, 4 F of
+ *           z, 8 of every place of the cache.  Default model, 129 + 96 entries, 3 query heads:
+ *           58 + 16 + 0.5 + 1 KB of a kv head.  8B with 257 entries and F = 256: 132 + 64 + 1 + 1
+ * KB flight  up to 48 KB of a block and 3 blocks of a processor with D = 64, 64 KB and 2 with 128;
+ *           3.35 TB/s take 18 KB of a processor at 700 ns
+ *   work    of a tile of 16 keys or values, D = 64 and any group, about 130 instructions of a warp,
+ *           in a time (2 KB of 25 GB/s) in which a processor can do 560
+ *   twin    gpu_launch_answer(), of which it differs by the order of sums, and by 2^-18 of queries,
+ *           weights and features
  *
- * A block's warps share the entries of a piece:
- *   keys     a lane has 8 entries at D / 16 of the dimensions; 16 lanes' sums make the logit
+ * A block's warps share the tiles of a piece.  All products are mma_bf16's, keys, values and hi
+ * planes on the right as they are, what is exact in fp32 on the left in two halves:
+ *   keys     logits of a tile
  *   weights  a warp for each query head: the largest logit, weights; after the last piece the
  *            features of its query, whose scale depends on it
- *   values   a lane has 8 columns of its rows; S follows, with features for weights
+ *   values   sums of a warp's tiles, of values and then of S
  * and at a unit's end the warps' sums are added.  Which warp has what, and the order of sums,
  * follow from the shape and the row's position: so bits do not depend on other segments or their
  * number. */
@@ -26,81 +28,46 @@
 
 #include <stddef.h>
 
-template <int D, int G, bool SOFTMAX> struct decode_sizes {
+template <int D, bool SOFTMAX> struct decode_sizes {
     enum {
-        PITCH = G == 3 ? 4 : G, /* floats of one entry's or feature's weights */
-        BLOCKS = SOFTMAX && G > 4                ? 1
-                 : D == 64 && G <= 3 && !SOFTMAX ? 3
-                                                 : 2, /* of a processor */
-        DEPTH = BLOCKS == 3 ? 12 : 16,
-        HEADS = G < 4     ? G
-                : SOFTMAX ? 2
-                          : 4, /* of which logits are computed together */
-        LANES = D / 8,         /* that have the columns of a row */
-        ROWS = LINE / 2 / D,   /* of a line */
+        BLOCKS = (D == 64 ? 3 : 2) - SOFTMAX, /* of a processor: sums live longer with softmax */
+        DEPTH = (D == 64 ? 3 : 2) * (1 + SOFTMAX) /* tiles of a warp's queue */
     };
 };
 
-struct decode_room {       /* shared memory */
-    float *q, *far;        /* [D][PITCH] rotated to the row's position, to max_distance */
-    float *x;              /* [group][D] as the map sees it */
-    float *phi, *features; /* [group][F] projections, then features; [F][PITCH] the same */
-    float *z;              /* [state heads][F] */
-    float *work;           /* [entries of a piece][PITCH] logits, then weights; or sums to add */
-    float *earlier;        /* [MAX_GROUP] what earlier pieces are multiplied by */
-    float *total, *shift;  /* [MAX_GROUP] denominators; what was subtracted from logits */
+/* Left operands of mma_bf16 in shared memory, one for each query head and 16 numbers: 4 lanes have
+ * 4 words each, so that lane 4 g + t reads what it needs of head g at once.  Numbers are split in
+ * two, x = high + low to 2^-18: row g of the operand has the high halves, row g + 8 the low ones,
+ * and the sums of both are added in the end. */
+enum { OPERAND_FLOATS = 16 };
+
+struct decode_room { /* shared memory */
+    uint16_t *q,
+        *far;       /* [group][D / 16] operands: rotated to the row's position, to max_distance */
+    float *x;       /* [group][D] as the map sees it */
+    float *phi;     /* [group][F] projections, then features, then [F / 16] operands of them */
+    float *z;       /* [state heads][F] */
+    float *work;    /* [group][pitch] logits, then operands of weights; or sums to add */
+    float *earlier; /* [MAX_GROUP] what earlier pieces are multiplied by */
+    float *total, *shift; /* [MAX_GROUP] denominators; what was subtracted from logits */
+    int pitch;            /* entries of a piece */
 };
 
-/* An entry that is not in sight has this for a weight, which no other has. */
-static constexpr float UNSEEN = -1;
-
-DEVICE float low_half(uint32_t x) {
-    return as_float(x << 16);
-}
-DEVICE float high_half(uint32_t x) {
-    return as_float(x & 0xffff0000u);
+/* Number k of an operand. */
+DEVICE void put_number(uint16_t *operand, int k, float x) {
+    uint16_t high = float_to_bf16(x);
+    int at = k % 8 / 2 * 8 + k / 8 * 4 + k % 2;
+    operand[at] = high;
+    operand[at + 2] = float_to_bf16(x - bf16_to_float(high));
 }
 
-/* `N` neighbouring floats, aligned to as many. */
-template <int N> DEVICE void load_floats(float (&to)[N], const float *from) {
-    if constexpr (N % 4 == 0) {
-#pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            float4 x = *(const float4 *)(from + i);
-            to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
-        }
-    } else if constexpr (N == 2) {
-        float2 x = *(const float2 *)from;
-        to[0] = x.x, to[1] = x.y;
-    } else {
-        to[0] = from[0];
-    }
-}
-
-/* sum[g][c] += weight[g] times the 8 columns of a line that this lane has. */
-template <int G, int N>
-DEVICE void add_columns(float (&sum)[G][8], const float (&weight)[N], uint4 x) {
-    uint32_t words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-        float low = low_half(words[c]), high = high_half(words[c]);
-#pragma unroll
-        for (int g = 0; g < G; g++) {
-            sum[g][2 * c] = fmaf(weight[g], low, sum[g][2 * c]);
-            sum[g][2 * c + 1] = fmaf(weight[g], high, sum[g][2 * c + 1]);
-        }
-    }
-}
-
-/* x[0 .. N) of two lanes that differ in bit `distance` are added: the upper one has the upper half
- * of the sums. */
-template <int N> DEVICE void add_halves(float *x, int distance, int lane) {
-    bool upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) {
-        float mine = upper ? x[i + N / 2] : x[i], other = upper ? x[i] : x[i + N / 2];
-        x[i] = mine + __shfl_xor_sync(0xffffffffu, other, distance);
-    }
+/* This lane's part of an operand: `tiles` of each head, from head 0's on; lanes of heads there are
+ * not read another's, for rows nobody looks at. */
+DEVICE void get_operand(uint32_t (&a)[4], const void *operands, int tile, int tiles, int group,
+                        int lane) {
+    int g = lane / 4 < group ? lane / 4 : group - 1;
+    uint4 x = ((const uint4 *)operands)[(g * tiles + tile) * 4 + lane % 4];
+    a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w;
 }
 
 /* ---- a unit begins ---- */
@@ -130,29 +97,26 @@ DEVICE void read_positions(const gpu_shape &s, decode_unit &u, int lane) {
 }
 
 /* Queries, normalisers, projections if there are any. */
-template <int D, int G, bool SOFTMAX>
+template <int D, bool SOFTMAX>
 DEVICE void load_unit(const decode_job &j, decode_unit &u, const decode_room &m, int i_segment,
                       int kv_head) {
-    enum { PITCH = decode_sizes<D, G, SOFTMAX>::PITCH, HALF = D / 2 };
+    enum { HALF = D / 2 };
     const gpu_shape &s = j.s;
     const gpu_rows &rows = j.rows;
     size_t row = (size_t)u.row;
     const float *q = rows.q + row * rows.q_row + (size_t)kv_head * s.group * D;
-    for (int i = threadIdx.x; i < G * D; i += DECODE_THREADS) {
-        int g = i / D, d = i % D, angle = d % HALF;
-        float x = 0, turned = 0, far = 0;
-        if (g < s.group) {
-            float other = q[i ^ HALF];
-            turned = x = q[i];
-            if (s.rope)
-                turned = rotated(x, other, d >= HALF, rows.cosines[row * HALF + angle],
-                                 rows.sines[row * HALF + angle]);
-            if (s.max_distance)
-                far = rotated(x, other, d >= HALF, rows.far_cosines[angle], rows.far_sines[angle]);
-        }
-        m.q[d * PITCH + g] = turned;
-        m.far[d * PITCH + g] = far;
-        if (g < s.group) m.x[i] = s.map_before_rope ? x : turned;
+    for (int i = threadIdx.x; i < s.group * D; i += DECODE_THREADS) {
+        int d = i % D, angle = d % HALF;
+        float x = q[i], other = q[i ^ HALF], turned = x;
+        if (s.rope)
+            turned = rotated(x, other, d >= HALF, rows.cosines[row * HALF + angle],
+                             rows.sines[row * HALF + angle]);
+        put_number(m.q + i / 16 * (2 * OPERAND_FLOATS), i % 16, turned);
+        if (s.max_distance)
+            put_number(
+                m.far + i / 16 * (2 * OPERAND_FLOATS), i % 16,
+                rotated(x, other, d >= HALF, rows.far_cosines[angle], rows.far_sines[angle]));
+        m.x[i] = s.map_before_rope ? x : turned;
     }
     if (!SOFTMAX && u.linear) {
         int F = s.features;
@@ -198,95 +162,92 @@ template <int D> DEVICE void project(const decode_job &j, const decode_room &m, 
 
 /* ---- keys ---- */
 
-/* Logits of one entry of the oldest tile, under the heads from g0 on: that of bits 1, 16, 8, 4 of
- * the lane. */
-template <int D, int G, bool SOFTMAX, class Queue>
-DEVICE void tile_logits(const Queue &queue, const float *q, int g0, int lane,
-                        float (&logit)[decode_sizes<D, G, SOFTMAX>::HEADS]) {
-    enum { PITCH = decode_sizes<D, G, SOFTMAX>::PITCH, HEADS = decode_sizes<D, G, SOFTMAX>::HEADS };
-    enum { LOAD = HEADS == 3 ? 4 : HEADS };
-    float sum[HEADS][8];
+/* Logits of a tile: lane 4 g + t has those of head g at entries 2 t, 2 t + 1, 2 t + 8, 2 t + 9. */
+template <int D>
+DEVICE void tile_logits(const char *tile, const uint16_t *q, int group, int lane,
+                        float (&logit)[4]) {
+    float sum[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
 #pragma unroll
-    for (int g = 0; g < HEADS; g++)
-#pragma unroll
-        for (int e = 0; e < 8; e++)
-            sum[g][e] = 0;
-#pragma unroll(D == 64 && !SOFTMAX ? 2 : 4) /* more take more registers than there are */
     for (int i = 0; i < D / 16; i++) {
-        float weight[LOAD];
-        load_floats(weight, q + (i * 16 + lane / 2) * PITCH + g0);
-        add_columns<HEADS>(sum, weight, peek(queue, i));
+        uint32_t a[4], b[4];
+        get_operand(a, q, i, D / 16, group, lane);
+        key_operands<D>(b, tile, i, lane);
+        uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+        mma_bf16(sum[0], a, first);
+        mma_bf16(sum[1], a, second);
     }
 #pragma unroll
-    for (int g = 0; g < HEADS; g++) {
-        add_halves<8>(sum[g], 16, lane);
-        add_halves<4>(sum[g], 8, lane);
-        add_halves<2>(sum[g], 4, lane);
-        logit[g] = sum[g][0] + __shfl_xor_sync(0xffffffffu, sum[g][0], 2);
+    for (int n = 0; n < 2; n++) {
+        logit[2 * n] = sum[n][0] + sum[n][2];
+        logit[2 * n + 1] = sum[n][1] + sum[n][3];
     }
 }
 
-/* The logits of a piece's entries into m.work, -inf of those not in sight. */
-template <int D, int G, bool SOFTMAX, class Queue>
+/* The logits of a piece's entries into m.work, -inf of those not in sight: where this warp has read
+ * the weights of the piece before, it and no other. */
+template <int D, class Queue>
 DEVICE void score_keys(const decode_job &j, const decode_unit &u, const decode_room &m,
                        Queue &queue, int piece) {
-    typedef decode_sizes<D, G, SOFTMAX> sizes;
-    enum { PITCH = sizes::PITCH, HEADS = sizes::HEADS };
-    int lane = queue.lane, tiles = tiles_of_piece(j, u, piece);
-    int own = lane % 2 * 8 + lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2;
+    int lane = queue.lane, group = j.s.group, tiles = tiles_of_piece(j, u, piece);
     float factor = 1 / sqrtf((float)D);
 #pragma unroll 1
     for (int i = queue.warp; i < tiles; i += DECODE_WARPS) {
-        int first = tile_of(u, piece * j.piece_tiles + i) * 16, entry = first + own;
-        bool seen = is_seen(j.s, u, entry), mixed = first < u.clamped && u.clamped < first + 16;
-        cp_async_wait<sizes::DEPTH - D / 16>();
+        int first = tile_of(u, piece * j.piece_tiles + i) * 16;
+        const char *tile = oldest(queue);
+        float logit[4], far[4];
+        tile_logits<D>(tile, first + 16 <= u.clamped ? m.far : m.q, group, lane, logit);
+        if (first < u.clamped && u.clamped < first + 16) { /* some of the tile */
+            tile_logits<D>(tile, m.far, group, lane, far);
 #pragma unroll
-        for (int g0 = 0; g0 < G; g0 += HEADS) {
-            float logit[HEADS], far[HEADS];
-            tile_logits<D, G, SOFTMAX>(queue, first < u.clamped && !mixed ? m.far : m.q, g0, lane,
-                                       logit);
-            if (mixed) {
-                tile_logits<D, G, SOFTMAX>(queue, m.far, g0, lane, far);
-#pragma unroll
-                for (int g = 0; g < HEADS; g++)
-                    if (entry < u.clamped) logit[g] = far[g];
-            }
-#pragma unroll
-            for (int g = 0; g < HEADS; g++)
-                if (!(lane & 2))
-                    m.work[(i * 16 + own) * PITCH + g0 + g] = seen ? logit[g] * factor : -INFINITY;
+            for (int k = 0; k < 4; k++)
+                if (first + lane % 4 * 2 + k / 2 * 8 + k % 2 < u.clamped) logit[k] = far[k];
         }
-#pragma unroll 1
-        for (int k = 0; k < D / 16; k++)
-            ask(j, queue);
+        ask(j, queue);
+        if (lane / 4 < group) {
+            float *to = m.work + lane / 4 * m.pitch + i * 16;
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                int e = lane % 4 * 2 + k / 2 * 8 + k % 2;
+                to[e] = is_seen(j.s, u, first + e) ? logit[k] * factor : -INFINITY;
+            }
+        }
     }
 }
 
 /* ---- weights ---- */
 
-/* A warp's row: logits become weights, and in the end its features are made.  top and sum: so far,
- * the same in every lane. */
-template <int D, int G, bool SOFTMAX>
+/* n numbers of a head, a multiple of 16, become operands where they are: by(x) of each. */
+template <class By> DEVICE void make_operands(float *numbers, int n, int lane, By by) {
+    for (int first = 0; first < n; first += 32) {
+        int i = first + lane;
+        float x = i < n ? by(numbers[i]) : 0;
+        __syncwarp(); /* both tiles have been read */
+        if (i < n) put_number((uint16_t *)numbers + i / 16 * (2 * OPERAND_FLOATS), i % 16, x);
+    }
+}
+
+/* A warp's query head: logits become weights, and in the end features are made.  top and sum: so
+ * far, the same in every lane. */
+template <bool SOFTMAX>
 DEVICE void weigh(const decode_job &j, const decode_unit &u, const decode_room &m, int piece,
                   int head, int g, int lane, float &top, float &sum) {
-    enum { PITCH = decode_sizes<D, G, SOFTMAX>::PITCH };
     const gpu_shape &s = j.s;
     int entries = tiles_of_piece(j, u, piece) * 16;
     bool last = !SOFTMAX || piece == u.n_pieces - 1, linear_part = !SOFTMAX && u.linear;
-    float before = top, *phi = m.phi + g * s.features;
+    float before = top, *phi = m.phi + g * s.features, *logits = m.work + g * m.pitch;
     for (int i = lane; i < entries; i += 32)
-        top = fmaxf(top, m.work[i * PITCH + g]);
+        top = fmaxf(top, logits[i]);
     top = warp_max(top);
     gpu_scales to = {top, 1, 0};
     if (last)
         to = mix_scales(s, top, linear_part ? map_reach(s, phi, lane) : -INFINITY,
                         j.layer.mix ? j.layer.mix + head : NULL);
     float base = to.shift == -INFINITY ? 0 : to.shift, more = 0;
-    for (int i = lane; i < entries; i += 32) {
-        float logit = m.work[i * PITCH + g], p = UNSEEN;
-        if (logit != -INFINITY) more += p = expf(logit - base) * to.factor;
-        m.work[i * PITCH + g] = p;
-    }
+    make_operands(logits, entries, lane, [&](float logit) {
+        float p = expf(logit - base) * to.factor;
+        more += p;
+        return p;
+    });
     float earlier = expf(before - base) * to.factor;
     sum = sum * earlier + warp_sum(more);
     float linear = 0;
@@ -294,11 +255,10 @@ DEVICE void weigh(const decode_job &j, const decode_unit &u, const decode_room &
         map_query(s, phi, phi, to.log_scale, lane);
         __syncwarp();
         const float *z = m.z + (s.state_heads > 1 ? g * s.features : 0);
-        for (int i = lane; i < s.features; i += 32) {
-            m.features[i * PITCH + g] = phi[i];
+        for (int i = lane; i < s.features; i += 32)
             linear = fmaf(phi[i], z[i], linear);
-        }
         linear = warp_sum(linear);
+        make_operands(phi, s.features, lane, [](float x) { return x; });
     }
     if (lane == 0) {
         m.earlier[g] = earlier;
@@ -309,90 +269,86 @@ DEVICE void weigh(const decode_job &j, const decode_unit &u, const decode_room &
 
 /* ---- values and S ---- */
 
-template <int D, int G, bool SOFTMAX, class Queue>
-DEVICE void add_values(const decode_job &j, const decode_unit &u, const decode_room &m,
-                       Queue &queue, int piece, float (&sum)[G][8]) {
-    enum { PITCH = decode_sizes<D, G, SOFTMAX>::PITCH, ROWS = decode_sizes<D, G, SOFTMAX>::ROWS };
+/* sum[n]: lane 4 g + t has columns 8 n + 2 t, + 1 of head g, of high halves and of low ones. */
+template <int D>
+DEVICE void add_tile(float (&sum)[D / 8][4], const uint32_t (&a)[4], const char *tile, int lane,
+                     uint32_t seen) {
 #pragma unroll
-    for (int g = 0; g < G; g++)
-#pragma unroll
-        for (int c = 0; c < 8; c++)
-            sum[g][c] = SOFTMAX && piece > 0 ? sum[g][c] * m.earlier[g] : 0;
-    int lines = tiles_of_piece(j, u, piece) * (D / 16);
-    const float *weights = m.work + queue.lane / (D / 8) * PITCH;
-#pragma unroll 1
-    for (int i = queue.warp; i < lines; i += DECODE_WARPS) {
-        float weight[PITCH];
-        uint4 x = take(j, queue);
-        load_floats(weight, weights + i * ROWS * PITCH);
-        /* what nobody sees may be anything, and 0 NaN is NaN */
-        if (weight[0] == UNSEEN) x.x = x.y = x.z = x.w = 0;
-        add_columns<G>(sum, weight, x);
+    for (int i = 0; i < D / 16; i++) {
+        uint32_t b[4];
+        row_operands<D>(b, tile, i, lane);
+        if (seen != 0xffff) { /* what nobody sees may be anything, and 0 NaN is NaN */
+            uint32_t low = seen >> (lane % 4 * 2), high = low >> 8;
+            low = (low & 1 ? 0xffffu : 0) | (low & 2 ? 0xffff0000u : 0);
+            high = (high & 1 ? 0xffffu : 0) | (high & 2 ? 0xffff0000u : 0);
+            b[0] &= low, b[1] &= high, b[2] &= low, b[3] &= high;
+        }
+        uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+        mma_bf16(sum[2 * i], a, first);
+        mma_bf16(sum[2 * i + 1], a, second);
     }
 }
 
-template <int D, int G, bool SOFTMAX, class Queue>
+template <int D, bool SOFTMAX, class Queue>
+DEVICE void add_values(const decode_job &j, const decode_unit &u, const decode_room &m,
+                       Queue &queue, int piece, float (&sum)[D / 8][4]) {
+    int lane = queue.lane, group = j.s.group, tiles = tiles_of_piece(j, u, piece);
+    float earlier = 0;
+    if (SOFTMAX && piece > 0) earlier = m.earlier[lane / 4 < group ? lane / 4 : 0];
+#pragma unroll
+    for (int n = 0; n < D / 8; n++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            sum[n][k] = SOFTMAX && piece > 0 ? sum[n][k] * earlier : 0;
+#pragma unroll 1
+    for (int i = queue.warp; i < tiles; i += DECODE_WARPS) {
+        int first = tile_of(u, piece * j.piece_tiles + i) * 16;
+        uint32_t a[4], seen = __ballot_sync(0xffffffffu, is_seen(j.s, u, first + lane % 16));
+        const char *tile = oldest(queue);
+        get_operand(a, m.work, i, m.pitch / 16, group, lane);
+        add_tile<D>(sum, a, tile, lane, seen & 0xffff);
+        ask(j, queue);
+    }
+}
+
+template <int D, class Queue>
 DEVICE void add_states(const decode_job &j, const decode_room &m, Queue &queue,
-                       float (&sum)[G][8]) {
-    enum { PITCH = decode_sizes<D, G, SOFTMAX>::PITCH, ROWS = decode_sizes<D, G, SOFTMAX>::ROWS };
-    int lines = j.s.features / ROWS;
-    const float *features = m.features + queue.lane / (D / 8) * PITCH;
-    if (j.s.state_heads == 1) {
+                       float (&sum)[D / 8][4]) {
+    int lane = queue.lane, group = j.s.group, tiles = j.s.features / 16;
 #pragma unroll 1
-        for (int i = queue.warp; i < lines; i += DECODE_WARPS) {
-            float weight[PITCH];
-            uint4 x = take(j, queue);
-            load_floats(weight, features + i * ROWS * PITCH);
-            add_columns<G>(sum, weight, x);
-        }
-        return;
-    }
-#pragma unroll
-    for (int g = 0; g < G; g++) {
-        float one[1][8], weight[1];
-#pragma unroll
-        for (int c = 0; c < 8; c++)
-            one[0][c] = sum[g][c];
+    for (int h = 0; h < j.s.state_heads; h++)
 #pragma unroll 1
-        for (int i = queue.warp; g < j.s.group && i < lines; i += DECODE_WARPS) {
-            uint4 x = take(j, queue);
-            weight[0] = features[i * ROWS * PITCH + g];
-            add_columns<1>(one, weight, x);
+        for (int i = queue.warp; i < tiles; i += DECODE_WARPS) {
+            uint32_t a[4];
+            const char *tile = oldest(queue);
+            get_operand(a, m.phi, i, tiles, group, lane);
+            if (j.s.state_heads > 1 && h != lane / 4) a[0] = a[1] = a[2] = a[3] = 0;
+            add_tile<D>(sum, a, tile, lane, 0xffff);
+            ask(j, queue);
         }
-#pragma unroll
-        for (int c = 0; c < 8; c++)
-            sum[g][c] = one[0][c];
-    }
 }
 
 /* ---- a unit ends ---- */
 
-/* Sums over lanes, then over warps: 4 + 0, 5 + 1, 6 + 2, 7 + 3, and those in order.  m.work
- * [4][G][D]. */
-template <int D, int G, bool SOFTMAX>
-DEVICE void add_warps(const decode_room &m, float (&sum)[G][8], int warp, int lane) {
-    enum { LEFT = D == 64 ? 2 : 4 }; /* columns of a lane after its fellows' are added */
-    int column = lane % (D / 8) * 8 + lane / 16 * 4 + (D == 64 ? lane / 8 % 2 * 2 : 0);
-#pragma unroll
-    for (int g = 0; g < G; g++) {
-        add_halves<8>(sum[g], 16, lane);
-        if (D == 64) add_halves<4>(sum[g], 8, lane);
-    }
-    float *to = m.work + warp % 4 * G * D + column;
+/* Sums over warps: 4 + 0, 5 + 1, 6 + 2, 7 + 3, and those in order.  m.work [4][group][D]. */
+template <int D>
+DEVICE void add_warps(const decode_room &m, const float (&sum)[D / 8][4], int group, int warp,
+                      int lane) {
+    float *to = m.work + (warp % 4 * group + lane / 4) * D + lane % 4 * 2;
     __syncthreads(); /* weights have been read */
-    if (warp >= 4)
+    if (warp >= 4 && lane / 4 < group)
 #pragma unroll
-        for (int g = 0; g < G; g++)
-#pragma unroll
-            for (int c = 0; c < LEFT; c++)
-                to[g * D + c] = sum[g][c];
+        for (int n = 0; n < D / 8; n++) {
+            to[8 * n] = sum[n][0] + sum[n][2];
+            to[8 * n + 1] = sum[n][1] + sum[n][3];
+        }
     __syncthreads();
-    if (warp < 4)
+    if (warp < 4 && lane / 4 < group)
 #pragma unroll
-        for (int g = 0; g < G; g++)
-#pragma unroll
-            for (int c = 0; c < LEFT; c++)
-                to[g * D + c] += sum[g][c];
+        for (int n = 0; n < D / 8; n++) {
+            to[8 * n] += sum[n][0] + sum[n][2];
+            to[8 * n + 1] += sum[n][1] + sum[n][3];
+        }
     __syncthreads();
 }
 
@@ -403,15 +359,17 @@ DEVICE void write_y(const gpu_rows &rows, size_t at, float y) {
         ((float *)rows.y)[at] = y;
 }
 
-template <int D, int G, bool SOFTMAX>
+template <int D, bool SOFTMAX>
 DEVICE void write_unit(const decode_job &j, const decode_unit &u, const decode_room &m, int i,
                        int kv_head, int split) {
+#pragma unroll 1
     for (int k = threadIdx.x; k < j.s.group * D; k += DECODE_THREADS) {
         int g = k / D, d = k % D;
         const float *sums = m.work + k;
-        float y = ((sums[0] + sums[G * D]) + sums[2 * G * D]) + sums[3 * G * D];
+        int next = j.s.group * D;
+        float y = ((sums[0] + sums[next]) + sums[2 * next]) + sums[3 * next];
         size_t head = (size_t)kv_head * j.s.group + g;
-        if (j.partial) {
+        if (SOFTMAX && j.partial) {
             float *to = j.partial + (((size_t)i * j.s.n_heads + head) * j.splits + split) * (D + 2);
             to[d] = y;
             if (d == 0) to[D] = m.total[g], to[D + 1] = m.shift[g];
@@ -427,21 +385,20 @@ template <int D> DEVICE void write_nothing(const decode_job &j, const decode_uni
         write_y(j.rows, (size_t)u.row * j.rows.y_row + head * D + k, 0);
 }
 
-template <int D, int G, bool SOFTMAX>
-static __global__ void __launch_bounds__(DECODE_THREADS, (decode_sizes<D, G, SOFTMAX>::BLOCKS))
+template <int D, bool SOFTMAX>
+static __global__ void __launch_bounds__(DECODE_THREADS, (decode_sizes<D, SOFTMAX>::BLOCKS))
     decode_kernel(decode_job j) {
-    typedef decode_sizes<D, G, SOFTMAX> sizes;
     DYNAMIC_SHARED(char, shared);
     int kv_head = (int)blockIdx.y, split = (int)blockIdx.z, first = (int)blockIdx.x * j.units;
     int n = j.n_segments - first < j.units ? j.n_segments - first : j.units;
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     decode_unit *units = (decode_unit *)(shared + j.at.units);
     decode_room m;
-    m.q = (float *)(shared + j.at.q);
-    m.far = (float *)(shared + j.at.far);
+    m.q = (uint16_t *)(shared + j.at.q);
+    m.far = (uint16_t *)(shared + j.at.far);
     m.x = (float *)(shared + j.at.x);
     m.phi = (float *)(shared + j.at.phi);
-    m.features = (float *)(shared + j.at.features);
+    m.pitch = j.pitch;
     m.z = (float *)(shared + j.at.z);
     m.work = (float *)(shared + j.at.work);
     m.earlier = (float *)(shared + j.at.heads);
@@ -457,8 +414,8 @@ static __global__ void __launch_bounds__(DECODE_THREADS, (decode_sizes<D, G, SOF
     if ((int)threadIdx.x < n)
         open_unit(j, first + (int)threadIdx.x, kv_head, split, units[threadIdx.x]);
     __syncthreads();
-    decode_stream<D, sizes::DEPTH> queue;
-    start(j, queue, units, n, (uint4 *)shared);
+    decode_stream<D, decode_sizes<D, SOFTMAX>::DEPTH> queue;
+    start(j, queue, units, n, shared);
 
 #pragma unroll 1
     for (int i = 0; i < n; i++) {
@@ -467,25 +424,23 @@ static __global__ void __launch_bounds__(DECODE_THREADS, (decode_sizes<D, G, SOF
             write_nothing<D>(j, u, kv_head);
             continue;
         }
-        load_unit<D, G, SOFTMAX>(j, u, m, first + i, kv_head);
+        load_unit<D, SOFTMAX>(j, u, m, first + i, kv_head);
         __syncthreads();
         if (!SOFTMAX && u.linear && !j.u) project<D>(j, m, kv_head);
-        float sum[G][8], top = -INFINITY, total = 0;
+        float sum[D / 8][4], top = -INFINITY, total = 0;
         int pieces = SOFTMAX ? u.n_pieces : 1;
 #pragma unroll 1
         for (int piece = 0; piece < pieces; piece++) {
-            if (piece > 0) __syncthreads(); /* weights have been read */
-            score_keys<D, G, SOFTMAX>(j, u, m, queue, piece);
+            score_keys<D>(j, u, m, queue, piece);
             __syncthreads();
             if (warp < j.s.group)
-                weigh<D, G, SOFTMAX>(j, u, m, piece, kv_head * j.s.group + warp, warp, lane, top,
-                                     total);
+                weigh<SOFTMAX>(j, u, m, piece, kv_head * j.s.group + warp, warp, lane, top, total);
             __syncthreads();
-            add_values<D, G, SOFTMAX>(j, u, m, queue, piece, sum);
+            add_values<D, SOFTMAX>(j, u, m, queue, piece, sum);
         }
-        if (!SOFTMAX && u.linear) add_states<D, G, SOFTMAX>(j, m, queue, sum);
-        add_warps<D, G, SOFTMAX>(m, sum, warp, lane);
-        write_unit<D, G, SOFTMAX>(j, u, m, first + i, kv_head, split);
+        if (!SOFTMAX && u.linear) add_states<D>(j, m, queue, sum);
+        add_warps<D>(m, sum, j.s.group, warp, lane);
+        write_unit<D, SOFTMAX>(j, u, m, first + i, kv_head, split);
     }
 }
 
@@ -500,26 +455,26 @@ bool decode_takes(const gpu_shape &s) {
            (s.state_heads == 1 || s.state_heads == s.group);
 }
 
-template <int D, int G, bool SOFTMAX> static void launch(struct gpu *g, decode_job &j) {
-    typedef decode_sizes<D, G, SOFTMAX> sizes;
+template <int D, bool SOFTMAX> static void launch(struct gpu *g, decode_job &j) {
+    typedef decode_sizes<D, SOFTMAX> sizes;
     const gpu_shape &s = j.s;
-    int piece = s.tiles < j.piece_tiles ? s.tiles : j.piece_tiles, at = 0;
+    int at = 0;
     auto take = [&at](size_t bytes) {
         int here = at;
         at += (int)((bytes + 15) / 16 * 16);
         return here;
     };
-    size_t F = (s.kind == ATTENTION_SOFTMAX) ? 0 : (size_t)s.features,
-           work = (size_t)piece * 16 * sizes::PITCH;
-    if (work < 4 * G * D) work = 4 * G * D;
-    if (work < PROJECTION_PARTS * (size_t)s.group * F / 2)
-        work = PROJECTION_PARTS * (size_t)s.group * F / 2;
-    take((size_t)sizes::DEPTH * DECODE_THREADS * 16);
-    j.at.q = take(D * sizes::PITCH * sizeof(float));
-    j.at.far = take(D * sizes::PITCH * sizeof(float));
-    j.at.x = take(G * D * sizeof(float));
-    j.at.phi = take(s.group * F * sizeof(float));
-    j.at.features = take(F * sizes::PITCH * sizeof(float));
+    size_t F = SOFTMAX ? 0 : (size_t)s.features, group = (size_t)s.group;
+    j.piece_tiles = SOFTMAX ? SOFTMAX_TILES : TERRACED_TILES;
+    j.pitch = 16 * (s.tiles < j.piece_tiles ? s.tiles : j.piece_tiles);
+    size_t work = group * j.pitch; /* floats */
+    if (work < 4 * group * D) work = 4 * group * D;
+    if (work < PROJECTION_PARTS * group * F / 2) work = PROJECTION_PARTS * group * F / 2;
+    take((size_t)DECODE_WARPS * sizes::DEPTH * 32 * D);
+    j.at.q = take(group * D * sizeof(float));
+    j.at.far = take(group * D * sizeof(float));
+    j.at.x = take(group * D * sizeof(float));
+    j.at.phi = take(group * F * sizeof(float));
     j.at.z = take(s.state_heads * F * sizeof(float));
     j.at.work = take(work * sizeof(float));
     j.at.heads = take(3 * MAX_GROUP * sizeof(float));
@@ -530,29 +485,16 @@ template <int D, int G, bool SOFTMAX> static void launch(struct gpu *g, decode_j
     j.at.units = take((size_t)j.units * sizeof(decode_unit));
     dim3 grid((unsigned)((j.n_segments + j.units - 1) / j.units), (unsigned)s.n_kv_heads,
               (unsigned)j.splits);
-    LAUNCH(g, (decode_kernel<D, G, SOFTMAX>), grid, DECODE_THREADS, (size_t)at, j);
-}
-
-template <int D, bool SOFTMAX> static void launch_group(struct gpu *g, decode_job &j) {
-    if (j.s.group == 1)
-        launch<D, 1, SOFTMAX>(g, j);
-    else if (j.s.group <= 3)
-        launch<D, 3, SOFTMAX>(g, j);
-    else if (j.s.group == 4)
-        launch<D, 4, SOFTMAX>(g, j);
-    else
-        launch<D, 8, SOFTMAX>(g, j);
+    LAUNCH(g, (decode_kernel<D, SOFTMAX>), grid, DECODE_THREADS, (size_t)at, j);
 }
 
 void decode_launch(struct gpu *g, decode_job j) {
-    j.piece_tiles = (j.s.kind == ATTENTION_SOFTMAX) ? SOFTMAX_TILES : TERRACED_TILES;
+    bool softmax = j.s.kind == ATTENTION_SOFTMAX;
     if (j.n_segments <= 0) return;
     if (j.s.head_dim == 64)
-        j.s.kind == ATTENTION_SOFTMAX ? launch_group<64, true>(g, j)
-                                      : launch_group<64, false>(g, j);
+        softmax ? launch<64, true>(g, j) : launch<64, false>(g, j);
     else
-        j.s.kind == ATTENTION_SOFTMAX ? launch_group<128, true>(g, j)
-                                      : launch_group<128, false>(g, j);
+        softmax ? launch<128, true>(g, j) : launch<128, false>(g, j);
 }
 
 extern "C" bool gpu_launch_decode(struct gpu *g, const struct gpu_shape *shape,

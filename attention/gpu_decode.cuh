@@ -1,19 +1,13 @@
-/* gpu_decode.cuh - what a block of the decode kernel reads, in which order, and how it
- * arrives.
+/* gpu_decode.cuh - what a block of the decode kernel reads, in which order, and how it arrives.
  *
  * A block answers some segments of one kv head, one after the other: its units.  Of each it reads
- * tiles of 16 rotated keys, the same tiles of values, and the hi planes of S.  Everything is cut
- * into lines of 512 bytes, 16 a lane, dealt out to the block's 8 warps:
+ * tiles of 16 rotated keys [D][16], the same tiles of values [16][D], and of S those of 16 features
+ * [16][D]: all of 32 D bytes, dealt out in turn to the block's 8 warps.  Softmax takes keys and
+ * values in pieces of SOFTMAX_TILES tiles; other memories are one piece.
  *
- *   keys     whole tiles [D][16]: tile i goes to warp i % 8, D / 16 lines one after the other
- *   values   lines of tiles [16][D]: line j goes to warp j % 8
- *   S        lines of [F][D]: line j goes to warp j % 8
- *
- * Softmax takes keys and values in pieces of SOFTMAX_TILES tiles; other memories are one piece.
- *
- * Lines arrive by asynchronous copies through a queue of DEPTH lines a warp, in shared memory.  A
- * lane reads only what it copied itself, so the queue needs no barrier; and it runs on from unit to
- * unit, so that memory is busy while the block turns logits into weights. */
+ * Tiles arrive by asynchronous copies through a queue of each warp, DEPTH tiles in shared memory,
+ * so that no barrier of the block is between them; and the queue runs on from unit to unit, so that
+ * memory is busy while the block turns logits into weights. */
 #ifndef URCHIN_ATTENTION_GPU_DECODE_CUH
 #define URCHIN_ATTENTION_GPU_DECODE_CUH
 
@@ -24,7 +18,6 @@
 #include <stdint.h>
 
 enum { DECODE_THREADS = 256, DECODE_WARPS = DECODE_THREADS / 32 };
-enum { LINE = 512 };                              /* bytes, a warp's load */
 enum { MAX_UNITS = 16 };                          /* of a block */
 enum { MAX_GROUP = 8 };                           /* query heads of a kv head */
 enum { MAX_SPLITS = 16 };                         /* blocks that share a long softmax sequence */
@@ -35,7 +28,7 @@ enum { PROJECTION_PARTS = 4 };
 
 /* Where things lie in a block's shared memory, in bytes. */
 struct decode_places {
-    int units, q, far, x, phi, features, z, work, heads, bytes;
+    int units, q, far, x, phi, z, work, heads;
 };
 
 struct decode_job {
@@ -43,11 +36,12 @@ struct decode_job {
     gpu_layer layer;
     const gpu_segment *segments;
     gpu_rows rows;
-    int n_segments, units;   /* of a block, at most */
-    int piece_tiles, splits; /* piece_tiles: at most */
-    int store;               /* this kernel stores the rows' keys and values */
-    const float *u;          /* [segments][n_heads][f] projections, or NULL: this kernel projects */
-    float *partial; /* [segments][n_heads][splits] of D + 2 floats, or NULL: y is written */
+    int n_segments, units;  /* of a block, at most */
+    int piece_tiles, pitch; /* tiles of a piece at most; their entries */
+    int splits;             /* blocks that share a softmax sequence */
+    int store;              /* this kernel stores the rows' keys and values */
+    const float *u;         /* [segments][n_heads][f] projections, or NULL: this kernel projects */
+    float *partial;         /* [segments][n_heads][splits] of D + 2 floats, or NULL: y is written */
     decode_places at;
 };
 
@@ -143,11 +137,6 @@ DEVICE int tile_of(const decode_unit &u, int i) {
     return first + i + i / SOFTMAX_TILES * u.stretch;
 }
 
-/* Tiles from number i to here lie one after the other, softmax ones to the end of a piece. */
-DEVICE int tile_range_end(const decode_unit &u, int i) {
-    return i < u.upto[0] ? u.upto[0] : i < u.upto[1] ? u.upto[1] : u.upto[2];
-}
-
 DEVICE bool is_seen(const gpu_shape &s, const decode_unit &u, int entry) {
     gpu_view v = {u.sinks, u.cached, {u.half[0], u.half[1]}, 0};
     return sees(s, v, entry);
@@ -162,56 +151,44 @@ DEVICE int tiles_of_piece(const decode_job &j, const decode_unit &u, int piece) 
 
 template <int D, int DEPTH> struct decode_stream {
     const decode_unit *units;
-    uint4 *queue; /* [DEPTH][threads], from this thread's first on */
+    char *queue; /* [DEPTH] tiles of this warp */
     int n_units, warp, lane;
-    int slot;              /* where the oldest line is */
-    const char *at, *stop; /* this lane's part of the next line; where those that may be read end */
-    int left, stride;      /* lines that come `stride` bytes after one another */
-    /* where those that follow are: stages 2 p and 2 p + 1 of a unit are keys and values of piece p,
-     * then come the states; `next` is the warp's next tile of keys, line of values or of S */
+    int slot; /* where the oldest tile is */
+    /* the next tile to ask for: stages 2 p and 2 p + 1 of a unit are keys and values of piece p,
+     * then come the states; next: of the stage's tiles */
     int unit, stage, next;
 };
 
-template <int D, int DEPTH>
-DEVICE void set_lines(decode_stream<D, DEPTH> &q, const char *from, int line, int n, int stride) {
-    q.at = from + (size_t)line * LINE + q.lane * 16;
-    q.left = n;
-    q.stride = stride;
-    q.stop = (const char *)UINTPTR_MAX;
+/* Where 16 bytes of a tile lie in the queue: such that 8 neighbouring rows, of keys 32 bytes long
+ * and else 2 D, can be read at once. */
+template <int D> DEVICE int swizzled(int sixteen, bool keys) {
+    int row = keys || D == 64 ? sixteen >> 3 : sixteen >> 4;
+    return (sixteen ^ (row & 7)) * 16;
 }
 
-/* To the next lines that lie in steps; none are left when q.left stays 0. */
+/* The next tile of this warp, and where it may not be read any more; NULL: there is none. */
 template <int D, int DEPTH>
-DEVICE void next_lines(const decode_job &j, decode_stream<D, DEPTH> &q) {
-    enum { ROWS = LINE / 2 / D, TILE_LINES = D / 16, STRIDE = DECODE_WARPS * LINE };
+DEVICE const char *next_tile(const decode_job &j, decode_stream<D, DEPTH> &q, const char *&stop,
+                             bool &keys) {
+    enum { TILE_BYTES = 32 * D };
+    stop = (const char *)UINTPTR_MAX;
     while (q.unit < q.n_units) {
         const decode_unit &u = q.units[q.unit];
         int piece = q.stage / 2, next = q.next;
-        int lines = j.s.features / ROWS; /* of a state; per warp a whole number */
+        q.next += DECODE_WARPS;
         if (piece < u.n_pieces) {
-            int first = piece * j.piece_tiles, tiles = tiles_of_piece(j, u, piece);
-            lines = tiles * TILE_LINES;
-            if (q.stage % 2 == 0 && next < tiles) {
-                q.next += DECODE_WARPS;
-                set_lines(q, u.keys, tile_of(u, first + next) * TILE_LINES, TILE_LINES, LINE);
-                return;
+            keys = q.stage % 2 == 0;
+            if (next < tiles_of_piece(j, u, piece)) {
+                size_t at = (size_t)tile_of(u, piece * j.piece_tiles + next) * TILE_BYTES;
+                if (keys) return u.keys + at;
+                stop = u.values + (size_t)j.s.entries * D * 2; /* no multiple of 16 rows */
+                return u.values + at;
             }
-            if (q.stage % 2 == 1 && next < lines) {
-                int tile = first + next / TILE_LINES, last = tile_range_end(u, tile) - first;
-                if (lines > last * TILE_LINES) lines = last * TILE_LINES;
-                int n = (lines - next + DECODE_WARPS - 1) / DECODE_WARPS;
-                q.next += n * DECODE_WARPS;
-                set_lines(q, u.values, tile_of(u, tile) * TILE_LINES + next % TILE_LINES, n,
-                          STRIDE);
-                q.stop = u.values + (size_t)j.s.entries * D * 2;
-                return;
-            }
-        } else if (u.linear && next < lines) {
-            q.next += lines;
-            set_lines(
-                q, u.states + (size_t)(q.stage - 2 * u.n_pieces) * j.s.state_floats * sizeof(float),
-                next, lines / DECODE_WARPS, STRIDE);
-            return;
+        } else if (u.linear && next < j.s.features / 16) {
+            keys = false;
+            return u.states +
+                   (size_t)(q.stage - 2 * u.n_pieces) * j.s.state_floats * sizeof(float) +
+                   (size_t)next * TILE_BYTES;
         }
         q.next = q.warp;
         if (++q.stage >= 2 * u.n_pieces + (u.linear ? j.s.state_heads : 0)) {
@@ -219,15 +196,22 @@ DEVICE void next_lines(const decode_job &j, decode_stream<D, DEPTH> &q) {
             q.unit++;
         }
     }
+    return NULL;
 }
 
-/* Asks for the next line, if there is one, where the oldest was, which nobody reads any more. */
+/* Asks for the next tile, if there is one, where the oldest was, which no lane reads any more. */
 template <int D, int DEPTH> DEVICE void ask(const decode_job &j, decode_stream<D, DEPTH> &q) {
-    if (q.left == 0) next_lines(j, q);
-    if (q.left > 0) {
-        if (q.at < q.stop) cp_async16(q.queue + q.slot * DECODE_THREADS, q.at);
-        q.at += q.stride;
-        q.left--;
+    const char *stop;
+    bool keys = false;
+    const char *from = next_tile(j, q, stop, keys);
+    if (from) {
+        char *to = q.queue + q.slot * 32 * D;
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) {
+            int sixteen = i * 32 + q.lane;
+            const char *at = from + sixteen * 16;
+            if (at < stop) cp_async16(to + swizzled<D>(sixteen, keys), at);
+        }
     }
     cp_async_commit();
     q.slot = q.slot + 1 < DEPTH ? q.slot + 1 : 0;
@@ -235,32 +219,35 @@ template <int D, int DEPTH> DEVICE void ask(const decode_job &j, decode_stream<D
 
 template <int D, int DEPTH>
 DEVICE void start(const decode_job &j, decode_stream<D, DEPTH> &q, const decode_unit *units,
-                  int n_units, uint4 *queue) {
+                  int n_units, char *queue) {
     q.units = units;
     q.n_units = n_units;
-    q.queue = queue + threadIdx.x;
     q.warp = (int)threadIdx.x / 32;
     q.lane = (int)threadIdx.x % 32;
-    q.slot = q.left = q.unit = q.stage = 0;
+    q.queue = queue + q.warp * DEPTH * 32 * D;
+    q.slot = q.unit = q.stage = 0;
     q.next = q.warp;
-    q.at = q.stop = NULL;
-    q.stride = 0;
 #pragma unroll 1
     for (int i = 0; i < DEPTH; i++)
         ask(j, q);
 }
 
-/* The i-th oldest line, of which cp_async_wait() has left DEPTH - 1 - i at most on their way. */
-template <int D, int DEPTH> DEVICE uint4 peek(const decode_stream<D, DEPTH> &q, int i) {
-    int place = q.slot + i;
-    return q.queue[(place < DEPTH ? place : place - DEPTH) * DECODE_THREADS];
+/* The oldest tile, there for all lanes.  (An emulated ldmatrix waits for all lanes, so no test
+ * misses the barrier.)  Once mma_bf16 has taken what ldmatrix read of it, all lanes have read it:
+ * ask() needs no barrier before. */
+template <int D, int DEPTH> DEVICE const char *oldest(const decode_stream<D, DEPTH> &q) {
+    cp_async_wait<DEPTH - 1>();
+    __syncwarp();
+    return q.queue + q.slot * 32 * D;
 }
 
-template <int D, int DEPTH> DEVICE uint4 take(const decode_job &j, decode_stream<D, DEPTH> &q) {
-    cp_async_wait<DEPTH - 1>();
-    uint4 x = peek(q, 0);
-    ask(j, q);
-    return x;
+/* Two right operands of mma_bf16: of keys, entries 0 .. 7 and 8 .. 15 at dimensions 16 i .. 16 i +
+ * 15; of rows, columns 16 i .. 16 i + 7 and 16 i + 8 .. 16 i + 15. */
+template <int D> DEVICE void key_operands(uint32_t (&b)[4], const char *tile, int i, int lane) {
+    ldmatrix4_t(b, tile + swizzled<D>((i * 16 + lane % 16) * 2 + lane / 16, true));
+}
+template <int D> DEVICE void row_operands(uint32_t (&b)[4], const char *tile, int i, int lane) {
+    ldmatrix4_t(b, tile + swizzled<D>(lane % 16 * (D / 8) + 2 * i + lane / 16, false));
 }
 
 #endif

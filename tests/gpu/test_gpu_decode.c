@@ -260,14 +260,15 @@ static float *answers(struct rig *r, int which) {
 
 /* ---- against the general kernel ---- */
 
-/* A sum of D products of numbers in [-1, 1) wanders as far as sqrt(D) / 3, and so do its D
- * roundings of 2^-25 of that: by six times their deviation, a dot product errs by D 2^-24, a logit
- * (over sqrt(D)) by sqrt(D) 2^-24, a projection (maps up to 1/2) by D / 2 2^-24, the logarithm of a
- * joint softmax's feature by D 2^-24.  Sums of N + F positive weights add sqrt(N + F) roundings,
- * exp and division a few.  All that in two kernels, in numerator and denominator. */
+/* A sum of D products of numbers in [-1, 1) wanders as far as sqrt(D) / 3, and so do its D roundings
+ * of 2^-25 of that: by six times their deviation, a dot product errs by D 2^-24, a logit (over
+ * sqrt(D)) by sqrt(D) 2^-24, a projection (maps up to 1/2) by D / 2 2^-24, the logarithm of a joint
+ * softmax's feature by D 2^-24.  Sums of N + F positive weights add sqrt(N + F) roundings, exp and
+ * division a few.  All that in two kernels, in numerator and denominator.  In the fast one queries
+ * and weights also err by 2^-18 of themselves, which a logit's sum over D averages to as much. */
 static float tolerance(const struct gpu_shape *s) {
     float D = (float)s->head_dim, n = (float)(s->entries + s->features);
-    return 4 * 0x1p-24f * (sqrtf(D) + D + sqrtf(n) + 16);
+    return 4 * 0x1p-24f * (sqrtf(D) + D + sqrtf(n) + 16) + 2 * 0x1p-18f;
 }
 
 static void compare(struct rig *r, int which) {
