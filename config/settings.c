@@ -116,6 +116,7 @@ static const struct row rows[] = {
     {"batch", LIST, AT(batch), BENCH, "1,8,32", 1, 65536, 0, "N[,N...]", "sequences decoded together"},
     {"depth", LIST, AT(depth), BENCH, "0,1000", 0, BIG, 0, "N[,N...]", "tokens read before measuring"},
     {"repeat", INT, AT(repeat), BENCH, "3", 1, 1000, 0, "N", "measurements of each point"},
+    {"profile", SWITCH, AT(profile), BENCH, "no", 0, 0, 0, NULL, "print where each point's time goes, operation by operation (on the CPU)"},
     {"json", SWITCH, AT(json), INFO | EVAL | BENCH, "no", 0, 0, 0, NULL, "print JSON"},
 
     {"log-level", CHOICE, AT(log_level), ALL, "auto", 0, 0, 0, "auto|debug|info|warn|error", "least level that is logged; auto: info for serve, else warn"},

@@ -59,7 +59,7 @@ struct settings {
     /* bench (see server/bench.h); lists: settings_list */
     const char *n_prompt, *batch, *depth;
     int n_gen, repeat;
-    bool json;                  /* info, eval, bench: print JSON */
+    bool json, profile;         /* info, eval, bench: print JSON; bench: and where time goes */
     /* logs */
     const char *log_level;      /* debug, info, warn, error */
     const char *log_format;     /* text, json */

@@ -10,6 +10,7 @@
 #include "model/internal.h"
 
 #include <string.h>
+#include <time.h>
 
 /* ---- row-wise operations, shared out over the team when there are many rows ---- */
 struct row_op {
@@ -77,6 +78,39 @@ static void activate_row(const struct row_op *op, int row) {
     }
 }
 
+/* ---- where time goes ---- */
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Gives the time since the last call to op, which read bytes. */
+static void took(struct model *m, enum model_op op, size_t bytes) {
+    if (!m->profile) return;
+    double t = now();
+    m->profile->seconds[op] += t - m->profiled_at;
+    m->profile->bytes[op] += (double)bytes;
+    m->profiled_at = t;
+}
+
+static void product_took(struct model *m, enum model_op op, const struct matrix *w, int n_rows) {
+    if (!m->profile) return;
+    took(m, op, matrix_bytes(w));
+    m->profile->flops[op] += 2.0 * n_rows * matrix_n_out(w) * matrix_n_in(w);
+}
+
+const char *model_op_name(enum model_op op) {
+    static const char *const names[] = {"embedding", "q, k, v",    "attention",
+                                        "o",         "gate, up",   "activation",
+                                        "down",      "add, norms", "head"};
+    return names[op];
+}
+
+void model_set_profile(struct model *m, struct model_profile *profile) {
+    m->profile = profile;
+}
+
 /* ---- the step ---- */
 /* Checks the runs against every bound and lays out rows; nothing but scratch is written. */
 static enum err lay_out(struct model *m, const struct model_run *runs, int n_runs, int *n_rows_out,
@@ -124,6 +158,15 @@ static int keep_logit_rows(struct model *m, int n_logits) {
     return n_logits;
 }
 
+/* What the step's sequences keep, as attention has to read it. */
+static size_t states_bytes(const struct model *m, int n_runs) {
+    size_t sum = 0;
+    for (int i = 0; i < n_runs; i++)
+        sum += attention_state_bytes(m->attention,
+                                     attention_slot_position(m->attention, m->runs[i].slot));
+    return sum;
+}
+
 enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
                     const float **logits) {
     const struct base_config *c = &m->config;
@@ -135,29 +178,41 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
     size_t hidden = (size_t)c->hidden_dim, q = (size_t)(c->n_heads * c->head_dim),
            kv = (size_t)(c->n_kv_heads * c->head_dim);
     size_t qkv = q + 2 * kv, gate_up = (size_t)matrix_n_out(w->layers[0].gate_up);
+    if (m->profile) m->profile->steps++, m->profiled_at = now();
     attention_step_begin(m->attention, m->runs, n_runs);
+    took(m, OP_ATTENTION, m->profile ? states_bytes(m, n_runs) : 0);
     for_rows(
         (struct row_op){m, embed_row, n_rows, w->layers[0].attn_norm, w->layers[0].attn_norm_bias});
+    took(m, OP_EMBED, 0);
     for (int i = 0; i < c->n_layers; i++) {
         const struct layer_weights *l = &w->layers[i];
         bool last = i + 1 == c->n_layers;
         matmul(m->team, m->scratch, m->qkv, qkv, m->normed, hidden, n_rows, l->qkv, l->qkv_bias);
+        product_took(m, OP_QKV, l->qkv, n_rows);
         attention_layer(m->attention, i, m->y, q, m->qkv, qkv, m->qkv + q, qkv, m->qkv + q + kv,
                         qkv);
         if (last) n_rows = keep_logit_rows(m, n_logits);
+        took(m, OP_ATTENTION, 0);
         matmul(m->team, m->scratch, m->delta, hidden, m->y, q, n_rows, l->o, l->o_bias);
+        product_took(m, OP_O, l->o, n_rows);
         for_rows((struct row_op){m, add_row, n_rows, l->ffn_norm, l->ffn_norm_bias});
+        took(m, OP_ADD_NORM, 0);
         matmul(m->team, m->scratch, m->ffn, gate_up, m->normed, hidden, n_rows, l->gate_up,
                l->gate_up_bias);
+        product_took(m, OP_GATE_UP, l->gate_up, n_rows);
         for_rows((struct row_op){m, activate_row, n_rows, NULL, NULL});
+        took(m, OP_ACTIVATE, 0);
         matmul(m->team, m->scratch, m->delta, hidden, m->ffn, gate_up, n_rows, l->down,
                l->down_bias);
+        product_took(m, OP_DOWN, l->down, n_rows);
         for_rows((struct row_op){m, add_row, n_rows, last ? w->norm : l[1].attn_norm,
                                  last ? w->norm_bias : l[1].attn_norm_bias});
+        took(m, OP_ADD_NORM, 0);
     }
     attention_step_end(m->attention);
     matmul(m->team, m->scratch, m->logits, (size_t)c->vocab_size, m->normed, hidden, n_rows,
            w->head, NULL);
+    product_took(m, OP_HEAD, w->head, n_rows);
     *logits = m->logits;
     return OK;
 }

@@ -21,6 +21,8 @@ struct model {
     struct rope *rope;
     struct attention *attention;
     struct team *team;     /* borrowed */
+    struct model_profile *profile; /* borrowed or NULL */
+    double profiled_at;            /* seconds: up to here time has been given to an operation */
     struct gpu_model *gpu; /* NULL: the CPU runs the model; else slots and all buffers of a step but runs are its own */
 
     char *slots; /* [n_slots] blocks of slot_stride bytes, one mapping */

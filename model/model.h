@@ -84,6 +84,17 @@ struct model_run {
  * step.  ERR_ARG: a bound of model_options or max_seq_len broken, nothing done.  Allocates nothing. */
 enum err model_step(struct model *m, const struct model_run *runs, int n_runs, const float **logits);
 
+/* ---- where a step's time goes (the CPU's steps) ---- */
+enum model_op { OP_EMBED, OP_QKV, OP_ATTENTION, OP_O, OP_GATE_UP, OP_ACTIVATE, OP_DOWN, OP_ADD_NORM, OP_HEAD, N_MODEL_OPS };
+const char *model_op_name(enum model_op op);
+struct model_profile { /* sums over steps, all layers together */
+    int64_t steps;
+    double seconds[N_MODEL_OPS];
+    double bytes[N_MODEL_OPS]; /* that had to be read: weights once a step, states once a run */
+    double flops[N_MODEL_OPS]; /* of products with weights */
+};
+void model_set_profile(struct model *m, struct model_profile *profile); /* borrowed; added to by every step; NULL: off */
+
 /* ---- draws on the device, where the model can ---- */
 bool model_draws(const struct model *m); /* on a GPU; the three functions below are for such models only */
 

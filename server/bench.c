@@ -21,6 +21,7 @@ struct point { /* one line of the table */
     size_t bytes;                /* decode: that a step has to read */
     double typical, median, p99; /* seconds of one repetition; of a decode step */
     double bandwidth;            /* decode on the CPU: bytes/s of plain reading */
+    struct model_profile profile; /* with --profile */
 };
 
 struct bench {
@@ -256,6 +257,7 @@ static enum err measure(struct bench *b) {
     for (int r = 0; r < b->settings->repeat && !err; r++)
         for (int i = 0; i < b->n_points && !err; i++) {
             struct point *p = &b->points[i];
+            if (b->settings->profile) model_set_profile(b->model, &p->profile);
             err = p->decode ? measure_decode(b, p, source_of(b, p), runs)
                             : measure_prefill(b, p, source_of(b, p));
         }
@@ -318,6 +320,35 @@ static void print_table(const struct bench *b) {
         else
             printf(" %9s %9s %9s %8s %8s", "", "", "", "", "");
         printf(" %9.3f\n", l.against_first);
+    }
+}
+
+static void print_profile(const struct point *p) {
+    const struct model_profile *f = &p->profile;
+    double all = 0;
+    if (!f->steps) return;
+    for (int op = 0; op < N_MODEL_OPS; op++)
+        all += f->seconds[op];
+    printf("\n%s%lld, batch %d, depth %lld: %.3f ms a step\n", p->decode ? "tg" : "pp",
+           (long long)p->n, p->batch, (long long)p->depth, 1e3 * all / (double)f->steps);
+    printf("%-12s %9s %7s %9s %8s %8s %9s\n", "", "ms/step", "share", "MB/step", "GB/s", "of limit",
+           "Gflop/s");
+    for (int op = 0; op < N_MODEL_OPS; op++) {
+        double each = f->seconds[op] / (double)f->steps, bytes = f->bytes[op] / (double)f->steps;
+        printf("%-12s %9.3f %6.1f%%", model_op_name((enum model_op)op), 1e3 * each,
+               100 * f->seconds[op] / all);
+        if (bytes > 0)
+            printf(" %9.1f %8.1f", 1e-6 * bytes, 1e-9 * bytes / each);
+        else
+            printf(" %9s %8s", "-", "-");
+        if (bytes > 0 && p->bandwidth > 0)
+            printf(" %7.1f%%", 100 * bytes / each / p->bandwidth);
+        else
+            printf(" %8s", "-");
+        if (f->flops[op] > 0)
+            printf(" %9.1f\n", 1e-9 * f->flops[op] / f->seconds[op]);
+        else
+            printf(" %9s\n", "-");
     }
 }
 
@@ -421,6 +452,8 @@ static enum err run(struct bench *b) {
     if (err) return err;
     if (s->json) return print_json(b);
     print_table(b);
+    for (int i = 0; s->profile && i < b->n_points; i++)
+        print_profile(&b->points[i]);
     return OK;
 }
 
