@@ -41,7 +41,8 @@ struct sched {
     pthread_cond_t idle; /* n_active became 0 */
     bool poked, stopping, draining;
     struct request *waiting, **waiting_end;
-    int n_waiting, n_slots_wanted; /* by those waiting */
+    int n_waiting, n_at_once; /* of those waiting: whose slots are free already */
+    int n_slots_wanted;       /* by those waiting */
     int n_slots_free;
     int n_active;      /* requests waiting or running */
     int n_turned_away; /* and not yet made up for by admissions; 0 once the queue was empty */

@@ -186,6 +186,7 @@ static struct request *take_ended_locked(struct sched *s, bool all) {
         *ended_end = r;
         ended_end = &r->next;
         s->n_waiting--;
+        s->n_at_once -= r->at_once;
         s->n_slots_wanted -= r->asked.best_of;
     }
     s->waiting_end = link;
@@ -220,6 +221,7 @@ static void admit(struct sched *s) {
         s->waiting = r->next;
         if (!s->waiting) s->waiting_end = &s->waiting;
         s->n_waiting--;
+        s->n_at_once -= r->at_once;
         s->n_slots_wanted -= r->asked.best_of;
         if (s->n_turned_away) s->n_turned_away--;
         for (int i = 0; i < r->asked.best_of; i++)

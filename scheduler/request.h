@@ -45,8 +45,9 @@ struct request {
     int n_ends;
     struct choice *choices; /* owned [asked.best_of] */
     int n_unfinished;
-    enum finish_reason finish;         /* of the choice that finished last */
-    size_t n_read;                     /* prompt tokens read */
+    enum finish_reason finish; /* of the choice that finished last */
+    bool at_once;  /* it found its slots free: while it waits it takes no place in the queue */
+    size_t n_read; /* prompt tokens read */
     struct sched_token *prompt_tokens; /* owned [n_prompt] or NULL: prompt_logprobs */
     struct token_logprob *prompt_tops; /* owned [n_prompt * n_logprobs] */
     struct token_logprob *tops;        /* owned [n_logprobs]: scratch for one token */

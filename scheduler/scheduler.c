@@ -113,22 +113,24 @@ enum err sched_submit(struct sched *s, const struct sched_request *asked, void (
     r->submitted_at = seconds_now();
 
     pthread_mutex_lock(&s->mu);
-    bool at_once = s->n_slots_wanted + asked->best_of <= s->n_slots_free;
+    int n_queued = s->n_waiting - s->n_at_once;
+    r->at_once = s->n_slots_wanted + asked->best_of <= s->n_slots_free;
     if (s->stopping || s->draining) {
         *retry_after_s = -1;
         err = err_set(msg, msg_len, ERR_BUSY, "the server is shutting down");
     } else if (!s->stats.healthy) {
         err = err_set(msg, msg_len, ERR_DEVICE, "%s", sched_device_lost);
-    } else if (!at_once && s->n_waiting >= s->options.max_queue) {
+    } else if (!r->at_once && n_queued >= s->options.max_queue) {
         *retry_after_s = retry_after_locked(s);
         s->n_rejected++;
         err = err_set(msg, msg_len, ERR_BUSY, "all %d sequences are in use and %d requests wait",
-                      s->info->n_slots, s->n_waiting);
+                      s->info->n_slots, n_queued);
     } else {
         if (!s->n_waiting) s->n_turned_away = 0;
         *s->waiting_end = r;
         s->waiting_end = &r->next;
         s->n_waiting++;
+        s->n_at_once += r->at_once;
         s->n_slots_wanted += asked->best_of;
         s->n_active++;
         poke_locked(s);

@@ -752,6 +752,57 @@ static void test_no_queue_still_takes_what_can_start_at_once(void **state) {
     sched_free(s);
 }
 
+/* A reader whose news hold the scheduler thread up until it is let go. */
+struct gate {
+    pthread_mutex_t mu;
+    pthread_cond_t moved;
+    bool reached, open;
+};
+
+static void stand_at_gate(void *arg) {
+    struct gate *g = arg;
+    pthread_mutex_lock(&g->mu);
+    g->reached = true;
+    pthread_cond_broadcast(&g->moved);
+    while (!g->open)
+        pthread_cond_wait(&g->moved, &g->mu);
+    pthread_mutex_unlock(&g->mu);
+}
+
+/* All come while the scheduler thread is busy, so that none has been given its slot yet. */
+static void test_a_burst_finds_every_slot_and_every_place_of_the_queue(void **state) {
+    (void)state;
+    struct gate gate = {.mu = PTHREAD_MUTEX_INITIALIZER, .moved = PTHREAD_COND_INITIALIZER};
+    struct sched_options options = options_for(model);
+    options.max_queue = 2;
+    struct sched *s = start(&options);
+    struct sched_request request = request_for(n_story, 5);
+    struct reader *readers[N_SLOTS - 1 + 2];
+    struct ticket *first = NULL, *t = NULL;
+    double retry;
+    char msg[300] = "";
+    assert_int_equal(
+        sched_submit(s, &request, stand_at_gate, &gate, &first, &retry, msg, sizeof msg), OK);
+    pthread_mutex_lock(&gate.mu);
+    while (!gate.reached)
+        pthread_cond_wait(&gate.moved, &gate.mu);
+    pthread_mutex_unlock(&gate.mu);
+    for (int i = 0; i < N_SLOTS - 1 + 2; i++)
+        readers[i] = submit(s, &request);
+    assert_int_equal(sched_submit(s, &request, NULL, NULL, &t, &retry, msg, sizeof msg), ERR_BUSY);
+    assert_string_equal(msg, "all 8 sequences are in use and 2 requests wait");
+    pthread_mutex_lock(&gate.mu);
+    gate.open = true;
+    pthread_cond_broadcast(&gate.moved);
+    pthread_mutex_unlock(&gate.mu);
+    for (int i = 0; i < N_SLOTS - 1 + 2; i++) {
+        read_all(readers[i]);
+        reader_free(readers[i]);
+    }
+    ticket_free(first);
+    sched_free(s);
+}
+
 static void test_a_request_for_many_slots_is_not_overtaken(void **state) {
     (void)state;
     struct sched *s = start_default();
@@ -1067,6 +1118,7 @@ int main(void) {
         cmocka_unit_test(test_leaving_frees_the_slot_within_a_step),
         cmocka_unit_test(test_a_full_queue_says_when_to_come_back),
         cmocka_unit_test(test_no_queue_still_takes_what_can_start_at_once),
+        cmocka_unit_test(test_a_burst_finds_every_slot_and_every_place_of_the_queue),
         cmocka_unit_test(test_a_request_for_many_slots_is_not_overtaken),
         cmocka_unit_test(test_reading_a_long_prompt_delays_nobody_by_more_than_a_step),
         cmocka_unit_test(test_a_slow_reader_pauses_alone_and_misses_nothing),
