@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <float.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -157,9 +158,24 @@ static bool get_bias(struct api_request *r, const struct json *body, struct api_
     return true;
 }
 
+/* Any 64-bit number; those beyond 2^53 are what a double makes of them, the same one every time. */
+static bool get_seed(struct api_request *r, const struct json *body, struct api_error *e) {
+    const struct json *node = field_get(body, "seed");
+    int64_t seed;
+    if (!node) return true;
+    double value = json_number(node, 0);
+    if (json_type(node) == JSON_NUMBER && fabs(value) > 0x1p53 && fabs(value) <= 0x1p63)
+        seed = value < 0x1p63 ? (int64_t)value : INT64_MAX;
+    else if (!field_int(body, "seed", -MAX_COUNT, MAX_COUNT, &seed, e))
+        return false;
+    r->generate.sampling.seed = (uint64_t)seed;
+    r->has_seed = seed != -1; /* llama-server's -1: any */
+    return true;
+}
+
 static bool get_sampling(struct api_request *r, const struct json *body, struct api_error *e) {
     struct sampling *s = &r->generate.sampling;
-    int64_t top_k = s->top_k, seed = 0;
+    int64_t top_k = s->top_k;
     if (!field_number(body, "temperature", 0, 2, &s->temperature, e) ||
         !field_number(body, "top_p", 0, 1, &s->top_p, e) ||
         !field_number(body, "min_p", 0, 1, &s->min_p, e) ||
@@ -167,17 +183,14 @@ static bool get_sampling(struct api_request *r, const struct json *body, struct 
         !field_number(body, "frequency_penalty", -2, 2, &s->frequency_penalty, e) ||
         !field_number(body, "repeat_penalty", 0, 100, &s->repetition_penalty, e) ||
         !field_number(body, "repetition_penalty", 0, 100, &s->repetition_penalty, e) ||
-        !field_int(body, "top_k", -1, INT32_MAX, &top_k, e) ||
-        !field_int(body, "seed", -MAX_COUNT, MAX_COUNT, &seed, e))
+        !field_int(body, "top_k", -1, INT32_MAX, &top_k, e))
         return false;
     if (s->repetition_penalty <= 0)
         return api_fail(e, 400, "decimal_below_min_value", "repetition_penalty",
                         "Invalid value for 'repetition_penalty': expected more than 0.");
     if (s->top_p == 0) s->top_p = FLT_MIN; /* OpenAI allows 0: the likeliest token alone */
     s->top_k = (int)top_k;
-    s->seed = (uint64_t)seed;
-    r->has_seed = field_get(body, "seed") && seed != -1; /* llama-server's -1: any */
-    return get_bias(r, body, e);
+    return get_seed(r, body, e) && get_bias(r, body, e);
 }
 
 /* Things other servers do and this one does not: better refused than silently left out of the

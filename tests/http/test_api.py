@@ -106,6 +106,12 @@ def test_a_seed_gives_the_same_text_alone_and_among_others(s):
     assert len({alone, *texts[0::2]}) > 1, "other seeds gave the same text"
 
 
+def test_seeds_of_64_bits_are_taken(s):
+    texts = [[s.complete("Once", max_tokens=12, temperature=1.5, seed=seed)["choices"][0]["text"] for _ in range(2)]
+             for seed in (2**63 - 1, -2**63, 2**62)]
+    assert all(a == b for a, b in texts) and len({a for a, _ in texts}) == 3, texts
+
+
 def test_without_a_seed_texts_differ(s):
     texts = {s.complete(temperature=1.5, max_tokens=30)["choices"][0]["text"] for _ in range(4)}
     assert len(texts) > 1

@@ -52,7 +52,7 @@ def test_wrong_types_name_the_field(s):
 def test_values_out_of_range_name_the_field(s):
     wrong = {"max_tokens": [-1, 2**60, 1e300], "temperature": [-0.1, 2.1, 1e999], "top_p": [-0.1, 1.1], "n": [0, 129, -1],
              "logprobs": [-1, 21], "presence_penalty": [-2.1, 2.1], "frequency_penalty": [-3, 3], "best_of": [0, 1000],
-             "top_k": [-2], "min_p": [-1, 2], "repetition_penalty": [-1, 0], "min_tokens": [-1], "seed": [2**60]}
+             "top_k": [-2], "min_p": [-1, 2], "repetition_penalty": [-1, 0], "min_tokens": [-1], "seed": [2**64, -2**64]}
     for field, values in wrong.items():
         for v in values:
             refused(s, C, json.dumps({"prompt": "x", field: v}).replace("Infinity", "1e999"), param=field)
