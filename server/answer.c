@@ -15,6 +15,10 @@
  * ticket, which counts it. */
 enum { STREAM_ENOUGH = 8 << 10 };
 
+/* Log-probabilities of prompts in one answer: each takes about 200 bytes until the answer is sent,
+ * and without a limit of length a prompt may have millions of tokens. */
+enum { MAX_PROMPT_LOGPROBS = 1 << 20 };
+
 struct part {     /* one prompt */
     int32_t *ids; /* owned until submitted */
     size_t n_ids;
@@ -124,6 +128,20 @@ static bool check_part(const struct answer *a, const struct part *p, struct api_
     return check_ids(a, p->ids, p->n_ids, prompt_field(a), e);
 }
 
+static bool check_prompt_logprobs(const struct answer *a, struct api_error *e) {
+    const struct sched_request *g = &a->request.generate;
+    size_t n = 0;
+    if (!g->prompt_logprobs) return true;
+    for (size_t i = 0; i < a->n_parts; i++)
+        n += a->parts[i].n_ids;
+    n *= (size_t)g->n * ((size_t)g->n_logprobs + 1);
+    if (n <= MAX_PROMPT_LOGPROBS) return true;
+    return api_fail(e, 400, "invalid_value", "logprobs",
+                    "'echo' with 'logprobs' asks for %zu log-probabilities of prompts, but one "
+                    "answer holds at most %d.",
+                    n, MAX_PROMPT_LOGPROBS);
+}
+
 static bool read_parts(struct answer *a, struct api_error *e) {
     struct api_request *r = &a->request;
     int slots = model_info(a->served->model)->n_slots;
@@ -153,7 +171,7 @@ static bool read_parts(struct answer *a, struct api_error *e) {
             free(text);
         }
     }
-    return true;
+    return check_prompt_logprobs(a, e);
 }
 
 /* Submits prompts while there is room.  false: *e says why the answer fails; a full queue fails

@@ -72,6 +72,14 @@ def test_combinations_that_make_no_sense(s):
     refused(s, H, {**chat, "continue_final_message": True, "add_generation_prompt": True}, param="continue_final_message")
 
 
+def test_more_prompt_logprobs_than_an_answer_holds_are_refused(s):
+    for prompt, logprobs in (([5] * 50_000, 20), ([[5] * 50_000] * 11, 1)):
+        r = s.post(C, {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": logprobs})
+        assert r.status == 400 and r.error()["param"] == "logprobs", r.status
+    r = s.complete([5] * 1000, max_tokens=0, echo=True, logprobs=20)
+    assert len(r["choices"][0]["logprobs"]["tokens"]) == 1000
+
+
 def test_what_is_not_supported_is_refused_not_ignored(s):
     refused(s, C, {"prompt": "x", "suffix": "y"}, param="suffix", code="unsupported_parameter")
     chat = {"messages": [{"role": "user", "content": "x"}]}
