@@ -29,7 +29,7 @@ struct base_config {
     int64_t context; /* trained length; GPT-2: rows of the position table */
     double norm_eps;
     bool tied;               /* the head is the embedding */
-    bool qkv_bias;           /* Qwen2: q, k and v must have biases (other Llamas may) */
+    bool qkv_bias;           /* q, k and v must have biases (Qwen2; attention_bias); others may */
     bool gelu_erf;           /* GPT-2: exact GELU in place of the tanh form */
     bool interleaved_qk;     /* GGUF llama: rows of q and k are stored pairwise */
     struct rope_config rope; /* Llama; freq_factors is owned by the base */

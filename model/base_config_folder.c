@@ -105,13 +105,14 @@ static void read_llama(struct reader *r, struct base_config *c, const char *type
     c->context = read_int(r, "max_position_embeddings", REQUIRED);
     c->norm_eps = read_real(r, r->root, "rms_norm_eps", 1e-6);
     c->tied = json_bool(json_get(r->root, "tie_word_embeddings"), false);
-    c->qkv_bias = !strcmp(type, "qwen2");
+    bool qwen2 = !strcmp(type, "qwen2");
+    c->qkv_bias = qwen2 || json_bool(json_get(r->root, "attention_bias"), false);
     refuse(r, strcmp(read_string(r->root, "hidden_act", "silu"), "silu") != 0, "hidden_act");
     read_rope(r, c);
     /* Full attention is what a sliding window computes up to its size; past it the model would be
      * another one. */
     int64_t window = read_int(r, "sliding_window", 0);
-    if (json_bool(json_get(r->root, "use_sliding_window"), !c->qkv_bias) && window > 0 &&
+    if (json_bool(json_get(r->root, "use_sliding_window"), !qwen2) && window > 0 &&
         window < c->context)
         c->context = window;
 }

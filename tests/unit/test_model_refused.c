@@ -74,6 +74,21 @@ static void test_bad_tensors_are_refused_by_name(void **state) {
     }
 }
 
+static void test_biases_that_the_configuration_promises_are_missed(void **state) {
+    (void)state;
+    char config[2000];
+    check_write(folder, "llama");
+    FILE *file = fopen(in_folder("config.json"), "r");
+    size_t n = fread(config, 1, sizeof config - 64, file);
+    fclose(file);
+    while (n && config[n - 1] != '}')
+        n--;
+    strcpy(config + n - 1, ",\"attention_bias\":true}");
+    write_text(in_folder("config.json"), config);
+    check_refused(options_for(folder, WEIGHT_FP32, team), ERR_FORMAT,
+                  "tensor self_attn.q_proj.bias of layer 0 is missing");
+}
+
 static void test_every_truncated_file_is_refused_by_name(void **state) {
     (void)state;
     static const char *const files[] = {"model.safetensors", "hedgehog.safetensors", "config.json",
@@ -262,6 +277,7 @@ static void test_bad_settings_are_refused(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         IN_FOLDER(test_bad_tensors_are_refused_by_name),
+        IN_FOLDER(test_biases_that_the_configuration_promises_are_missed),
         IN_FOLDER(test_every_truncated_file_is_refused_by_name),
         IN_FOLDER(test_bad_configurations_are_refused_by_name),
         IN_FOLDER(test_bad_urchin_json_is_refused_by_name),
