@@ -97,8 +97,13 @@ static enum err open_default(struct model **out, struct model_options *o, char *
 enum err open_model(struct model **out, const struct settings *s, int n_slots, struct team *team,
                     void (*progress)(void *arg, const char *what, double fraction), char *msg,
                     size_t msg_len) {
+    enum { MOST_ROWS = 65536 };
     struct step_bounds bounds = step_bounds(s, n_slots);
     struct model_options o;
+    if (bounds.rows > MOST_ROWS)
+        return err_set(msg, msg_len, ERR_ARG,
+                       "--max-seqs %d and --prefill-chunk %d make a step of %d rows, more than %d",
+                       bounds.rows - s->prefill_chunk, s->prefill_chunk, bounds.rows, MOST_ROWS);
     model_options_set(&o, s);
     o.max_rows = bounds.rows;
     o.max_logits = bounds.logits;
