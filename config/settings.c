@@ -736,15 +736,21 @@ static void markdown_rows(FILE *out, int commands) {
 }
 
 void settings_markdown(FILE *out) {
-    fprintf(out, "# Settings\n\n"
-                 "Every setting is a flag, a variable of the environment and a line `name = value` "
-                 "of the file given\n"
-                 "by `--config FILE` or `URCHIN_CONFIG` (`#` begins a comment; quotes keep spaces "
-                 "and `#`). A flag\n"
-                 "wins over a variable, that over the file. Sizes are written `512K`, `8M`, `2G`. "
-                 "A switch is given\n"
-                 "as `--name` or `--no-name`, elsewhere as yes or no. This page is written by the "
-                 "program.\n");
+    fprintf(out,
+            "# Settings\n\n"
+            "Every setting is a flag, a variable of the environment and a line `name = value` "
+            "of the file given\n"
+            "by `--config FILE` or `URCHIN_CONFIG` (`#` begins a comment; quotes keep spaces "
+            "and `#`). A flag\n"
+            "wins over a variable, that over the file. Sizes are written `512K`, `8M`, `2G`. "
+            "A switch is given\n"
+            "as `--name` or `--no-name`, elsewhere as yes or no. This page is written by the "
+            "program.\n\n"
+            "Two more variables say where files lie: `URCHIN_CACHE` (else "
+            "`$XDG_CACHE_HOME/urchin`, else\n"
+            "`~/.cache/urchin`) holds the bases of adapters, `URCHIN_MODELS` the default model "
+            "where none lies\n"
+            "beside the program.\n");
     for (int i = 0; i < N_ROWS;
          i++) { /* one section for each set of commands, where it first occurs */
         int j = 0;
