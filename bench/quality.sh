@@ -38,7 +38,7 @@ done
 
 against=()
 [[ $model == *smollm2* ]] && against=(--against base)
-[[ $model == *stories260k* ]] && against=(--against tests/data/models/stories260k)
+[[ $model == *stories260k* ]] && against=(--against tests/data/models/stories260k --context 512) # it reads no more
 echo
 echo "== the conversion"
 "$urchin" eval "$model" "${against[@]}" --text "$text" --tokens $((tokens / n_texts)) \
