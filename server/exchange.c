@@ -17,6 +17,9 @@
 /* A body that is only dropped may be this many times the limit before the connection is cut. */
 enum { DROP_FACTOR = 8 };
 
+/* Bodies larger than this are read aside: about a hundredth of a second's work. */
+enum { LARGE_BODY = 64 << 10 };
+
 static const char *header(const struct exchange *x, const char *name) {
     return MHD_lookup_connection_value(x->connection, MHD_HEADER_KIND, name);
 }
@@ -147,6 +150,11 @@ static enum MHD_Result queue(struct exchange *x, int status, const char *type,
     char ms[32];
     if (!r) return MHD_NO;
     x->status = status;
+    if (x->reading) { /* not the server's thread: it will queue the response */
+        x->response = r;
+        x->type = type;
+        return MHD_YES;
+    }
     snprintf(ms, sizeof ms, "%.0f", (http_now() - x->started) * 1e3);
     if (type) add_header(r, "Content-Type", type);
     add_header(r, "x-request-id", x->id);
@@ -260,20 +268,46 @@ enum MHD_Result exchange_generate(struct exchange *x, struct api_request *reques
     bool good = answer_new(&x->answer, &x->http->served, request, http_notify, x, &e);
     api_request_free(request); /* what was not taken */
     if (!good) return exchange_reply_error(x, &e);
+    if (x->reading) return MHD_YES;
     x->http->n_answering++;
     if (http_watch(x->http, x) != OK) return MHD_NO;
     return reply_answer(x);
 }
 
+static enum MHD_Result read_aside(struct exchange *x) {
+    if (http_watch(x->http, x) != OK) return MHD_NO;
+    x->http->n_answering++;
+    x->aside = x->reading = true;
+    suspend(x);
+    reader_put(x->http->reader, x);
+    return MHD_YES;
+}
+
+void exchange_read(struct exchange *x) {
+    if (!x->gone) x->route->handle(x); /* MHD_NO leaves neither response nor answer */
+    http_notify_read(x);
+}
+
+/* Takes x back from the reader, if it is there and has been read; false: it is still there. */
+static bool take_back(struct exchange *x) {
+    if (x->reading && http_was_read(x)) x->reading = false;
+    return !x->reading;
+}
+
 void exchange_advance(struct exchange *x) {
-    if (!x->answer || x->gone) return;
+    if (!take_back(x)) return;
+    if (x->gone && x->answer) answer_cancel(x->answer);
+    if (x->gone || !x->answer) {
+        resume(x);
+        return;
+    }
     answer_pull(x->answer);
     if (status_is_known(x)) resume(x);
 }
 
 void exchange_break_off(struct exchange *x) {
     struct api_error e;
-    if (!x->answer || x->gone) return;
+    if (!take_back(x) || !x->answer || x->gone) return;
     api_fail(&e, 503, "shutting_down", NULL, "The server is shutting down.");
     answer_fail(x->answer, &e);
     resume(x);
@@ -281,6 +315,7 @@ void exchange_break_off(struct exchange *x) {
 
 void exchange_abandon(struct exchange *x) {
     x->gone = true;
+    if (!take_back(x)) return; /* exchange_advance() goes on with it */
     if (x->answer) answer_cancel(x->answer);
     resume(x);
 }
@@ -353,12 +388,19 @@ enum MHD_Result exchange_handle(void *cls, struct MHD_Connection *connection, co
         return take_body(x, upload_data, n);
     }
     if (x->answer) return reply_answer(x);
+    if (x->aside) {
+        struct MHD_Response *r = x->response;
+        x->response = NULL;
+        return queue(x, x->status, x->type, r);
+    }
     http_request_whole(connection);
     if (x->body.failed) api_out_of_memory(&x->error);
     if (x->error.status) return exchange_reply_error(x, &x->error);
     if (!x->route) /* OPTIONS */
         return exchange_reply_static(x, 204, NULL, "", 0);
-    return x->route->handle(x);
+    /* What is got has no use for its body, and touches what is the server's thread's alone. */
+    bool large = x->body.len > LARGE_BODY && strcmp(x->route->method, "POST") == 0;
+    return large ? read_aside(x) : x->route->handle(x);
 }
 
 void exchange_completed(void *cls, struct MHD_Connection *connection, void **state,
@@ -368,6 +410,7 @@ void exchange_completed(void *cls, struct MHD_Connection *connection, void **sta
     (void)connection;
     if (!x) return;
     *state = NULL;
+    h->n_answering -= x->answer || x->aside;
     if (x->answer) {
         bool whole = code == MHD_REQUEST_TERMINATED_COMPLETED_OK && !x->gone;
         answer_cancel(x->answer);
@@ -379,13 +422,13 @@ void exchange_completed(void *cls, struct MHD_Connection *connection, void **sta
             (long long)u.prompt_tokens, (long long)u.completion_tokens,
             whole ? "" : " client_left=true");
         answer_free(x->answer); /* from here on nothing notifies x */
-        h->n_answering--;
     } else {
         bool routine = x->route && x->route->open;
         log_event(routine ? LOG_DEBUG : LOG_INFO, "request",
                   "id=%s method=%s path=%s status=%d ms=%.1f", x->id, x->method, x->path, x->status,
                   (http_now() - x->started) * 1e3);
     }
+    if (x->response) MHD_destroy_response(x->response);
     http_unwatch(h, x);
     http_exchange_ends(h, x);
     buffer_free(&x->body);

@@ -130,11 +130,11 @@ void http_exchange_ends(struct http *h, struct exchange *x) {
     pthread_mutex_unlock(&h->ready_mu);
 }
 
-void http_notify(void *exchange) {
-    struct exchange *x = exchange;
+static void notify(struct exchange *x, bool read) {
     struct http *h = x->http;
     pthread_mutex_lock(&h->ready_mu);
     bool first = !h->ready, news = !x->ready;
+    x->read |= read;
     if (news) {
         x->ready = true;
         x->next_ready = h->ready;
@@ -142,6 +142,21 @@ void http_notify(void *exchange) {
     }
     pthread_mutex_unlock(&h->ready_mu);
     if (first) http_wake(h);
+}
+
+void http_notify(void *exchange) {
+    notify(exchange, false);
+}
+
+void http_notify_read(struct exchange *x) {
+    notify(x, true);
+}
+
+bool http_was_read(struct exchange *x) {
+    pthread_mutex_lock(&x->http->ready_mu);
+    bool read = x->read;
+    pthread_mutex_unlock(&x->http->ready_mu);
+    return read;
 }
 
 static struct exchange *pop_ready(struct http *h) {
@@ -159,7 +174,7 @@ static struct exchange *pop_ready(struct http *h) {
 static bool retry_waiting(struct http *h) {
     bool any = false;
     for (struct exchange *x = h->exchanges; x; x = x->next)
-        if (x->answer && answer_waits(x->answer)) {
+        if (!x->reading && x->answer && answer_waits(x->answer)) {
             exchange_advance(x);
             any = true;
         }
@@ -235,7 +250,7 @@ enum err http_open(struct http *h, const struct settings *settings, struct auth 
         close(listen_fd);
         return err_set(msg, msg_len, ERR_IO, "the HTTP server could not be started");
     }
-    if (open_descriptors(h) == OK) return OK;
+    if (open_descriptors(h) == OK && reader_new(&h->reader) == OK) return OK;
     err_set(msg, msg_len, ERR_IO, "the HTTP server could not be started: %m");
     http_close(h);
     return ERR_IO;
@@ -333,14 +348,18 @@ void http_close(struct http *h) {
     if (h->daemon) {
         if (!h->draining) stop_accepting(h);
         break_off(h);
-        do { /* none may be suspended when the daemon stops; a request just being read may become so
-              */
+        /* None may be suspended when the daemon stops; a request just being read may become so, and
+         * one with the reader is so until it comes back. */
+        for (;; usleep(1000)) {
             for (struct exchange *x = h->exchanges; x; x = x->next)
                 exchange_abandon(x);
             MHD_run(h->daemon);
-        } while (any_suspended(h));
+            if (!any_suspended(h)) break;
+        }
         MHD_stop_daemon(h->daemon);
     }
+    reader_free(h->reader);
+    h->reader = NULL;
     if (h->signal_fd >= 0) close(h->signal_fd);
     if (h->wake_fd >= 0) close(h->wake_fd);
     if (h->epoll_fd >= 0) close(h->epoll_fd);

@@ -11,6 +11,7 @@
 #include "config/settings.h"
 #include "server/auth.h"
 #include "server/exchange.h"
+#include "server/reader.h"
 #include "server/served.h"
 
 #include <pthread.h>
@@ -31,13 +32,14 @@ struct http {
     struct MHD_Daemon *daemon;
     int epoll_fd, wake_fd, signal_fd;
     struct exchange *exchanges;
-    int n_answering; /* exchanges that hold an answer */
+    struct reader *reader;
+    int n_answering; /* exchanges that hold an answer or are with the reader */
     struct connection *connections;
     int n_connections;
     uint64_t requests[HTTP_ROUTES][HTTP_STATUSES]; /* by route and status: metrics.c */
     double started;                                /* unix seconds */
 
-    pthread_mutex_t ready_mu; /* guards the list and the exchanges' ready, next_ready */
+    pthread_mutex_t ready_mu; /* guards the list and the exchanges' ready, read, next_ready */
     struct exchange *ready;
 };
 
@@ -55,7 +57,10 @@ void http_close(struct http *h);
 
 void http_wake(struct http *h);   /* any thread */
 void http_notify(void *exchange); /* sched_submit's notify */
-double http_now(void);            /* seconds, monotonic */
+/* The reader gives x back: not to be touched by it from then on. */
+void http_notify_read(struct exchange *x);
+bool http_was_read(struct exchange *x);
+double http_now(void); /* seconds, monotonic */
 
 /* For exchanges. */
 void http_exchange_begins(struct http *h, struct exchange *x);

@@ -10,7 +10,8 @@ struct route {
     bool open;                 /* no API key asked */
     bool needs_model;          /* 503 while loading */
     bool generates;            /* 503 while draining */
-    enum MHD_Result (*handle)(struct exchange *x); /* the body is in x->body */
+    enum MHD_Result (*handle)(struct exchange *x); /* the body is in x->body; POST: on the server's
+                                                      thread or the reader's */
 };
 
 extern const struct route routes[];

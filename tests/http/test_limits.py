@@ -134,6 +134,56 @@ def test_slow_heads_and_bodies_are_cut_and_hold_nobody_up():
             assert sock.recv(1) == b"", "a silent connection is closed"
 
 
+def test_a_giant_prompt_holds_nobody_up(s):
+    body = {"content": "The sea urchin. " * 150_000}
+    took, replies = [], []
+
+    def ask():
+        start = time.monotonic()
+        replies.append(s.post("/tokenize", body).status)
+        took.append(time.monotonic() - start)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    longest = 0
+    while asking.is_alive():
+        start = time.monotonic()
+        assert s.get("/health").status == 200
+        longest = max(longest, time.monotonic() - start)
+    assert replies == [200] and longest < took[0] / 3, (replies, longest, took)
+
+
+def test_a_giant_body_is_answered_like_any_other(s):
+    padding = {"padding": "x" * 200_000}  # unknown fields are ignored
+    for fields in ({"n": 2, "logprobs": 2}, {"echo": True}, {"max_tokens": 0}, {"model": "another"}, {"prompt": [1, "x"]}):
+        body = {"prompt": "Once", "max_tokens": 5, "temperature": 0, **fields}
+        small, large = s.post("/v1/completions", body), s.post("/v1/completions", {**body, **padding})
+        assert large.status == small.status and large.headers["x-request-id"], (fields, large.status)
+        for key in ("choices", "usage", "error"):
+            assert large.json().get(key) == small.json().get(key), (fields, key)
+    body = {"prompt": "Once", "max_tokens": 5, "temperature": 0}
+    texts = ["".join(e["choices"][0]["text"] for e in s.stream("/v1/completions", b)) for b in (body, {**body, **padding})]
+    assert texts[0] == texts[1], texts
+
+
+def test_clients_that_leave_while_their_giant_prompt_is_read(s):
+    data = post_bytes("/v1/completions", {"prompt": "The sea urchin. " * 200_000, "max_tokens": 5, "stream": True})
+    for pause in (0, 0.01, 0.1):
+        with s.raw(data):
+            time.sleep(pause)
+    s.until(lambda: s.metric("http_connections") == 1 and not s.metric("slots_used"), 60)
+    assert s.complete("Once", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_a_signal_while_a_giant_prompt_is_read_ends_the_server():
+    data = post_bytes("/v1/completions", {"prompt": "The sea urchin. " * 100_000, "max_tokens": 1})
+    for how in (signal.SIGHUP, signal.SIGTERM):
+        with Server("--drain-timeout", "1") as s, s.raw(data):
+            time.sleep(0.05)
+            s.process.send_signal(how)
+            assert s.process.wait(60 * harness.PATIENCE) == 0
+
+
 def test_a_request_in_many_pieces_is_put_together(s):
     data = post_bytes("/v1/completions", {"prompt": "Once", "max_tokens": 2}, "Connection: close")
     with s.raw() as sock:
