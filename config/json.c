@@ -3,6 +3,7 @@
 #include "config/json.h"
 
 #include <cjson/cJSON.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -89,7 +90,8 @@ enum err json_load(struct json **out, const char *path, char *msg, size_t msg_le
     char *text = NULL;
     enum err e;
     struct stat st;
-    FILE *file = fopen(path, "rb");
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe is refused, not waited for */
+    FILE *file = fd < 0 ? NULL : fdopen(fd, "rb");
     if (!file) return err_set(msg, msg_len, ERR_IO, "%s: %m", path);
     if (fstat(fileno(file), &st) != 0 || !S_ISREG(st.st_mode)) {
         e = err_set(msg, msg_len, ERR_IO, "%s: not a regular file", path);

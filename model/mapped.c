@@ -10,7 +10,7 @@ enum err mapped_open(struct mapped *out, const char *path, char *msg, size_t msg
     enum err e = OK;
     struct stat st;
     struct mapped file = {0};
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe is refused, not waited for */
     if (fd < 0) return err_set(msg, msg_len, ERR_IO, "%s: %m", path);
     if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
         e = err_set(msg, msg_len, ERR_IO, "%s: not a regular file", path);

@@ -3,8 +3,11 @@
 
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -122,6 +125,12 @@ static void test_files_load_and_missing_ones_are_named(void **state) {
     assert_int_equal(json_load(&root, "no/such.json", msg, sizeof msg), ERR_IO);
     assert_non_null(strstr(msg, "no/such.json"));
     assert_int_equal(json_load(&root, "models", msg, sizeof msg), ERR_IO);
+    char fifo[64]; /* is not waited for */
+    snprintf(fifo, sizeof fifo, "/tmp/urchin-test-pipe-%d", (int)getpid());
+    assert_int_equal(mkfifo(fifo, 0600), 0);
+    assert_int_equal(json_load(&root, fifo, msg, sizeof msg), ERR_IO);
+    assert_non_null(strstr(msg, "not a regular file"));
+    unlink(fifo);
 }
 
 int main(void) {

@@ -190,6 +190,12 @@ static void test_files_open_and_missing_ones_are_named(void **state) {
     assert_int_equal(safetensors_open(&st, "no/such.safetensors", msg, sizeof msg), ERR_IO);
     assert_non_null(strstr(msg, "no/such.safetensors"));
     safetensors_close(NULL);
+    char fifo[64]; /* is not waited for */
+    snprintf(fifo, sizeof fifo, "/tmp/urchin-test-pipe-%d", (int)getpid());
+    assert_int_equal(mkfifo(fifo, 0600), 0);
+    assert_int_equal(safetensors_open(&st, fifo, msg, sizeof msg), ERR_IO);
+    assert_non_null(strstr(msg, "not a regular file"));
+    unlink(fifo);
 }
 
 int main(void) {
