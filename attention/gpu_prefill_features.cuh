@@ -31,70 +31,77 @@ DEVICE query_piece rotated_piece(query_piece x, const float *cosines, const floa
     return x;
 }
 
-/* use(row, d, piece, at) for the warp's rows: `at` their number in the step, or < 0 for rows that
- * nobody asked for, which are zeros. */
-template <int D, int M, class Use>
+/* use(row, d, piece, the same rotated to the row's position or, unless turn, not) for the warp's
+ * rows, AT_ONCE under way.  Rows that nobody asked for are copies of others: no row's sums see
+ * another's, and they are not written. */
+template <int D, int M, int AT_ONCE, class Use>
 DEVICE void each_query(const gpu_rows &rows, const prefill_task &t, int head, int index, int lane,
-                       Use use) {
+                       bool turn, Use use) {
     enum { PIECES = D / 8, STEP = 32 / PIECES };
-#pragma unroll 2
-    for (int k = 0; k < 16 * M / STEP; k++) {
-        int r = lane / PIECES + k * STEP, d = lane % PIECES * 4, asked = index + r;
-        query_piece x = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-        int at = -1;
-        if (asked >= t.first && asked <= t.last) {
-            at = t.first_row + asked - t.first;
-            const float *q = rows.q + (size_t)at * rows.q_row + (size_t)head * D + d;
-            x.low = *(const float4 *)q;
-            x.high = *(const float4 *)(q + D / 2);
+    int d = lane % PIECES * 4;
+    for (int first = lane / PIECES; first < 16 * M; first += STEP * AT_ONCE) {
+        query_piece x[AT_ONCE], turned[AT_ONCE];
+        int at[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            int asked = index + first + k * STEP;
+            asked = asked < t.first ? t.first : asked > t.last ? t.last : asked;
+            at[k] = t.first_row + asked - t.first;
+            const float *q = rows.q + (size_t)at[k] * rows.q_row + (size_t)head * D + d;
+            x[k].low = *(const float4 *)q;
+            x[k].high = *(const float4 *)(q + D / 2);
         }
-        use(r, d, x, at);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            size_t angle = (size_t)at[k] * (D / 2) + d;
+            turned[k] = turn ? rotated_piece(x[k], rows.cosines + angle, rows.sines + angle) : x[k];
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+            use(first + k * STEP, d, x[k], turned[k]);
     }
 }
 
 DEVICE void put_bf16(char *to, float4 x) {
     *(uint2 *)to = uint2{pack_bf16(x.x, x.y), pack_bf16(x.z, x.w)};
 }
+DEVICE void put_halves(char *high, char *low, float4 x) {
+    uint2 a, b;
+    split_bf16(x.x, x.y, a.x, b.x);
+    split_bf16(x.z, x.w, a.y, b.y);
+    *(uint2 *)high = a;
+    *(uint2 *)low = b;
+}
 
 /* What the map sees: high halves at region, low ones after them. */
 template <int D, int M>
 DEVICE void put_map_inputs(const gpu_shape &s, const gpu_rows &rows, const prefill_task &t,
                            int head, int index, char *region, int lane) {
-    bool turn = s.rope && !s.map_before_rope;
-    each_query<D, M>(rows, t, head, index, lane, [&](int r, int d, query_piece x, int at) {
-        if (turn && at >= 0)
-            x = rotated_piece(x, rows.cosines + (size_t)at * (D / 2) + d,
-                              rows.sines + (size_t)at * (D / 2) + d);
-        for (int half = 0; half < 2; half++) {
-            float4 v = half ? x.high : x.low;
-            char *to = swizzled_element(region, r, d + half * (D / 2), D * 2);
-            uint2 high, low;
-            split_bf16(v.x, v.y, high.x, low.x);
-            split_bf16(v.z, v.w, high.y, low.y);
-            *(uint2 *)to = high;
-            *(uint2 *)(to + 16 * M * D * 2) = low;
-        }
-    });
+    each_query<D, M, 4>(rows, t, head, index, lane, s.rope && !s.map_before_rope,
+                        [&](int r, int d, const query_piece &, const query_piece &x) {
+                            char *a = swizzled_element(region, r, d, D * 2),
+                                 *b = swizzled_element(region, r, d + D / 2, D * 2);
+                            put_halves(a, a + 16 * M * D * 2, x.low);
+                            put_halves(b, b + 16 * M * D * 2, x.high);
+                        });
 }
 
 /* What scores see: rotated to the row's position at region, to max_distance after it. */
 template <int D, int M>
 DEVICE void put_queries(const gpu_shape &s, const gpu_rows &rows, const prefill_task &t, int head,
                         int index, char *region, int lane) {
-    each_query<D, M>(rows, t, head, index, lane, [&](int r, int d, query_piece x, int at) {
-        char *low = swizzled_element(region, r, d, D * 2);
-        char *high = swizzled_element(region, r, d + D / 2, D * 2);
-        query_piece turned = x;
-        if (s.rope && at >= 0)
-            turned = rotated_piece(x, rows.cosines + (size_t)at * (D / 2) + d,
-                                   rows.sines + (size_t)at * (D / 2) + d);
-        put_bf16(low, turned.low);
-        put_bf16(high, turned.high);
-        if (!t.clamped) return;
-        query_piece far = rotated_piece(x, rows.far_cosines + d, rows.far_sines + d);
-        put_bf16(low + 16 * M * D * 2, far.low);
-        put_bf16(high + 16 * M * D * 2, far.high);
-    });
+    each_query<D, M, 2>(rows, t, head, index, lane, s.rope,
+                        [&](int r, int d, const query_piece &x, const query_piece &turned) {
+                            char *a = swizzled_element(region, r, d, D * 2),
+                                 *b = swizzled_element(region, r, d + D / 2, D * 2);
+                            put_bf16(a, turned.low);
+                            put_bf16(b, turned.high);
+                            if (!t.clamped) return;
+                            query_piece far =
+                                rotated_piece(x, rows.far_cosines + d, rows.far_sines + d);
+                            put_bf16(a + 16 * M * D * 2, far.low);
+                            put_bf16(b + 16 * M * D * 2, far.high);
+                        });
 }
 
 /* ---- projections ---- */
