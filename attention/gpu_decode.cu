@@ -98,8 +98,7 @@ DEVICE void read_positions(const gpu_shape &s, decode_unit &u, int lane) {
 
 /* Queries, normalisers, projections if there are any. */
 template <int D, bool SOFTMAX>
-DEVICE void load_unit(const decode_job &j, decode_unit &u, const decode_room &m, int i_segment,
-                      int kv_head) {
+DEVICE void load_unit(const decode_job &j, decode_unit &u, const decode_room &m, int kv_head) {
     enum { HALF = D / 2 };
     const gpu_shape &s = j.s;
     const gpu_rows &rows = j.rows;
@@ -123,7 +122,7 @@ DEVICE void load_unit(const decode_job &j, decode_unit &u, const decode_room &m,
         for (int i = threadIdx.x; i < s.state_heads * F; i += DECODE_THREADS)
             m.z[i] = ((const float *)(u.states + (size_t)(i / F) * s.state_floats * sizeof(float)) +
                       s.S_floats)[i % F];
-        const float *from = j.u + ((size_t)i_segment * s.n_heads + (size_t)kv_head * s.group) * s.f;
+        const float *from = j.u + ((size_t)u.segment * s.n_heads + (size_t)kv_head * s.group) * s.f;
         for (int i = threadIdx.x; j.u && i < s.group * s.f; i += DECODE_THREADS)
             m.phi[i / s.f * F + i % s.f] = from[i];
     }
@@ -248,8 +247,8 @@ DEVICE void weigh(const decode_job &j, const decode_unit &u, const decode_room &
         more += p;
         return p;
     });
-    float earlier = expf(before - base) * to.factor;
-    sum = sum * earlier + warp_sum(more);
+    float earlier = SOFTMAX ? expf(before - base) * to.factor : 0;
+    sum = SOFTMAX ? sum * earlier + warp_sum(more) : warp_sum(more);
     float linear = 0;
     if (linear_part) {
         map_query(s, phi, phi, to.log_scale, lane);
@@ -360,8 +359,8 @@ DEVICE void write_y(const gpu_rows &rows, size_t at, float y) {
 }
 
 template <int D, bool SOFTMAX>
-DEVICE void write_unit(const decode_job &j, const decode_unit &u, const decode_room &m, int i,
-                       int kv_head, int split) {
+DEVICE void write_unit(const decode_job &j, const decode_unit &u, const decode_room &m, int kv_head,
+                       int split) {
 #pragma unroll 1
     for (int k = threadIdx.x; k < j.s.group * D; k += DECODE_THREADS) {
         int g = k / D, d = k % D;
@@ -370,7 +369,8 @@ DEVICE void write_unit(const decode_job &j, const decode_unit &u, const decode_r
         float y = ((sums[0] + sums[next]) + sums[2 * next]) + sums[3 * next];
         size_t head = (size_t)kv_head * j.s.group + g;
         if (SOFTMAX && j.partial) {
-            float *to = j.partial + (((size_t)i * j.s.n_heads + head) * j.splits + split) * (D + 2);
+            float *to =
+                j.partial + (((size_t)u.segment * j.s.n_heads + head) * j.splits + split) * (D + 2);
             to[d] = y;
             if (d == 0) to[D] = m.total[g], to[D + 1] = m.shift[g];
         } else
@@ -391,7 +391,6 @@ static __global__ void __launch_bounds__(DECODE_THREADS, (decode_sizes<D, SOFTMA
     DYNAMIC_SHARED(char, shared);
     int kv_head = (int)blockIdx.y, split = (int)blockIdx.z, first = (int)blockIdx.x * j.units;
     int n = j.n_segments - first < j.units ? j.n_segments - first : j.units;
-    int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     decode_unit *units = (decode_unit *)(shared + j.at.units);
     decode_room m;
     m.q = (uint16_t *)(shared + j.at.q);
@@ -418,13 +417,13 @@ static __global__ void __launch_bounds__(DECODE_THREADS, (decode_sizes<D, SOFTMA
     start(j, queue, units, n, shared);
 
 #pragma unroll 1
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < queue.n_units; i++) {
         decode_unit &u = units[i];
         if (u.n_pieces == 0) {
             write_nothing<D>(j, u, kv_head);
             continue;
         }
-        load_unit<D, SOFTMAX>(j, u, m, first + i, kv_head);
+        load_unit<D, SOFTMAX>(j, u, m, kv_head);
         __syncthreads();
         if (!SOFTMAX && u.linear && !j.u) project<D>(j, m, kv_head);
         float sum[D / 8][4], top = -INFINITY, total = 0;
@@ -433,14 +432,15 @@ static __global__ void __launch_bounds__(DECODE_THREADS, (decode_sizes<D, SOFTMA
         for (int piece = 0; piece < pieces; piece++) {
             score_keys<D>(j, u, m, queue, piece);
             __syncthreads();
-            if (warp < j.s.group)
-                weigh<SOFTMAX>(j, u, m, piece, kv_head * j.s.group + warp, warp, lane, top, total);
+            if (queue.warp < j.s.group)
+                weigh<SOFTMAX>(j, u, m, piece, kv_head * j.s.group + queue.warp, queue.warp,
+                               queue.lane, top, total);
             __syncthreads();
             add_values<D, SOFTMAX>(j, u, m, queue, piece, sum);
         }
         if (!SOFTMAX && u.linear) add_states<D>(j, m, queue, sum);
-        add_warps<D>(m, sum, j.s.group, warp, lane);
-        write_unit<D, SOFTMAX>(j, u, m, first + i, kv_head, split);
+        add_warps<D>(m, sum, j.s.group, queue.warp, queue.lane);
+        write_unit<D, SOFTMAX>(j, u, m, kv_head, split);
     }
 }
 

@@ -55,7 +55,7 @@ struct decode_unit {
     const char *keys, *values, *states;
     const int64_t *positions;
     int64_t position;
-    int row, slot;
+    int segment, row, slot;
     int sinks, cached, half[2]; /* as gpu_view; cached at most so many until the cache is read */
     int clamped;
     int first[3],
@@ -95,6 +95,7 @@ DEVICE bool has_own_key(const decode_job &j, int64_t position, int split) {
 DEVICE void open_unit(const decode_job &j, int i, int kv_head, int split, decode_unit &u) {
     const gpu_shape &s = j.s;
     gpu_segment segment = j.segments[i];
+    u.segment = i;
     u.row = segment.first_row;
     u.slot = segment.slot;
     u.position = segment.position;
