@@ -191,5 +191,5 @@ extern "C" size_t gpu_decode_bytes(const struct gpu_shape *shape, int64_t positi
         if (block >= 2) entries += s.sinks + (left < s.cache ? (left > 0 ? left : 0) : s.cache);
         if (left > s.cache) states = (size_t)s.state_heads * (2 * s.S_floats + 4 * s.phi_lanes);
     }
-    return s.n_kv_heads * (4 * D * entries + states);
+    return s.n_kv_heads * (4 * D * entries + states + 8 * s.cache);
 }

@@ -9,9 +9,9 @@
  *   decode     gpu_launch_decode(): the answer alone
  *   generated  gpu_launch_generated(): keys and values enter too; what the share is of
  *
- * Bytes are gpu_decode_bytes() of every row, and the maps once; positions are such that half of the
- * ring is in use on average between its least and most.  An emulated device runs tiny shapes and
- * shows only that everything runs. */
+ * Bytes are gpu_decode_bytes() of every row, and the maps once.  Rows of a window stand at
+ * different places of a block, so that the ring is three quarters full on average.  An emulated
+ * device runs tiny shapes and shows only that everything runs. */
 #include "attention/attention.h"
 #include "attention/gpu_decode.h"
 #include <math.h>

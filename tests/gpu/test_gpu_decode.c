@@ -260,12 +260,13 @@ static float *answers(struct rig *r, int which) {
 
 /* ---- against the general kernel ---- */
 
-/* A sum of D products of numbers in [-1, 1) wanders as far as sqrt(D) / 3, and so do its D roundings
- * of 2^-25 of that: by six times their deviation, a dot product errs by D 2^-24, a logit (over
- * sqrt(D)) by sqrt(D) 2^-24, a projection (maps up to 1/2) by D / 2 2^-24, the logarithm of a joint
- * softmax's feature by D 2^-24.  Sums of N + F positive weights add sqrt(N + F) roundings, exp and
- * division a few.  All that in two kernels, in numerator and denominator.  In the fast one queries
- * and weights also err by 2^-18 of themselves, which a logit's sum over D averages to as much. */
+/* A sum of D products of numbers in [-1, 1) wanders as far as sqrt(D) / 3, and so do its D
+ * roundings of 2^-25 of that: by six times their deviation, a dot product errs by D 2^-24, a logit
+ * (over sqrt(D)) by sqrt(D) 2^-24, a projection (maps up to 1/2) by D / 2 2^-24, the logarithm of a
+ * joint softmax's feature by D 2^-24.  Sums of N + F positive weights add sqrt(N + F) roundings,
+ * exp and division a few.  All that in two kernels, in numerator and denominator.  In the fast one
+ * queries and weights also err by 2^-18 of themselves, which a logit's sum over D averages to as
+ * much. */
 static float tolerance(const struct gpu_shape *s) {
     float D = (float)s->head_dim, n = (float)(s->entries + s->features);
     return 4 * 0x1p-24f * (sqrtf(D) + D + sqrtf(n) + 16) + 2 * 0x1p-18f;
@@ -357,26 +358,31 @@ static void test_every_rule_of_positions_is_the_general_kernels(void **state) {
     check(&set, false);
 }
 
+/* Rows at the last of n positions, the longest in the last slot, which ends with its values. */
+static void check_softmax(int D, int group, int64_t max_seq_len, const int64_t *positions, int n) {
+    struct setting set = {.kind = ATTENTION_SOFTMAX, .max_seq_len = max_seq_len, .n_kv_heads = 1};
+    int slots[MOST_SEGMENTS];
+    int64_t at[MOST_SEGMENTS];
+    struct rig r;
+    set.D = D, set.group = group;
+    rig_open(&r, &set, n);
+    for (int k = 0; k < n; k++)
+        fill_slot(&r, slots[k] = k, at[k] = positions[k]);
+    slots[n] = -1, at[n] = 3;
+    rig_set(&r, n + 1, slots, at);
+    compare(&r, DECODE);
+    compare(&r, GENERATED);
+    rig_close(&r);
+}
+
 static void test_softmax_of_any_length_is_the_general_kernels(void **state) {
     (void)state;
     static const int shapes[][2] = {{64, 3}, {128, 4}, {64, 1}, {128, 8}};
     static const int64_t positions[] = {0, 15, 16, 254, 255, 256, 700, 1299};
-    enum { N = sizeof positions / sizeof *positions };
-    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
-        struct setting set = {.kind = ATTENTION_SOFTMAX, .max_seq_len = 1300, .n_kv_heads = 1};
-        set.D = shapes[i][0], set.group = shapes[i][1];
-        int slots[N + 1];
-        int64_t at[N + 1];
-        struct rig r;
-        rig_open(&r, &set, N);
-        for (int k = 0; k < N; k++)
-            fill_slot(&r, slots[k] = N - 1 - k, at[k] = positions[k]);
-        slots[N] = -1, at[N] = 3;
-        rig_set(&r, N + 1, slots, at);
-        compare(&r, DECODE);
-        compare(&r, GENERATED);
-        rig_close(&r);
-    }
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        check_softmax(shapes[i][0], shapes[i][1], 1300, positions, 8);
+    static const int64_t far[] = {4095, 4096, 8903}; /* more pieces than blocks that share them */
+    check_softmax(64, 1, 8904, far, 3);
 }
 
 /* ---- bits ---- */
