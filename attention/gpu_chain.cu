@@ -162,7 +162,7 @@ DEVICE wave_shared wave_shared_at(const gpu_shape &s, float *at) {
 
 /* ---- candidates, and which of them stay ---- */
 
-/* The cache before this block: how many, their numbers into key. */
+/* The cache before this block: how many, their numbers into key, element i by thread i. */
 DEVICE int keys_before(const gpu_chain &c, const chain_unit &u, const wave_shared &m) {
     const gpu_shape &s = c.shape;
     if (u.block.previous >= 0) {
@@ -170,7 +170,6 @@ DEVICE int keys_before(const gpu_chain &c, const chain_unit &u, const wave_share
         int n = list[s.cache];
         for (int i = threadIdx.x; i < n; i += CHAIN_THREADS)
             m.key[i] = list[i];
-        __syncthreads();
         return n;
     }
     const int64_t *positions = u.slot.positions; /* those before the first -1 */
@@ -196,7 +195,8 @@ DEVICE int add_block(const gpu_shape &s, const chain_unit &u, int64_t b, int *ke
     return n + more;
 }
 
-/* Keeps `count` more: the largest scores of those not kept yet, of equals the earlier. */
+/* Keeps `count` more: the largest scores of those not kept yet, of equals the earlier.  Thread j
+ * has set score[j] and keep[j]. */
 DEVICE void keep_largest(const wave_shared &m, int n, int count) {
     for (int j = threadIdx.x; j < n; j += CHAIN_THREADS)
         if (m.keep[j]) m.score[j] = -1; /* before nobody */
@@ -231,7 +231,6 @@ DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b,
         }
         m.score[j] = isnan(error) ? INFINITY : error; /* what overflows is not recalled at all */
     }
-    __syncthreads();
     if (all || none) return;
     keep_largest(m, n, s.cache - s.cache_recent);
     if (!s.cache_recent) return;
@@ -239,7 +238,6 @@ DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b,
         int64_t position = source_of(s, u.piece, u.slot.positions, m.key[j]).position;
         m.score[j] /= 1 + (double)(b * s.window_size - position) / s.cache_age;
     }
-    __syncthreads();
     keep_largest(m, n, s.cache_recent);
 }
 
@@ -411,7 +409,6 @@ static __global__ void __launch_bounds__(CHAIN_THREADS, 2)
         n_folded = n - n_kept;
         for (int i = threadIdx.x; i < n_kept; i += CHAIN_THREADS)
             m.key[i] = m.kept[i];
-        __syncthreads();
     }
     if (!before && tile == 0 && state == 0) {
         for (int i = threadIdx.x; i < n_kept; i += CHAIN_THREADS)

@@ -112,9 +112,8 @@ static __global__ void __launch_bounds__(ANSWER_THREADS)
         ask.position = segment.position + r;
         int entry = own_entry(s, ask.position);
         if (s.window == WINDOW_SLIDING) leave_window(s, layer, ask.place, kv_head, ask.position, t);
-        __syncthreads(); /* what is overwritten has been moved or folded */
+        /* an element of an entry is moved, stored and taken for folding by one thread */
         store_row(s, ask.place, rows, ask.first_row, kv_head, entry);
-        __syncthreads();
         if (s.window == WINDOW_NONE)
             fold_entry(s, layer, ask.place, kv_head, entry,
                        forgetting(s, ask.position, ask.position + 1), t);

@@ -70,7 +70,9 @@ static void test_either_side_goes_on_with_the_others_state(void **state) {
             rig_read(&g, slot, ends[i], N, want);
             memcpy(up, want, RIG_LAYERS * N * row_floats(&g) * sizeof *up);
             memcpy(down, want, RIG_LAYERS * N * row_floats(&g) * sizeof *up);
-            device_prompt(&d, 1, 0, ends[i], N - 5, 30, up);
+            device_generate(&d, 1, 0, ends[i], ends[i] + 3,
+                            up); /* from the slot as it was loaded */
+            device_prompt(&d, 1, 0, ends[i] + 3, N - 5, 30, up);
             device_generate(&d, 1, 0, N - 5, N, up);
             assert_same_caches(&d, 1, slot);
 
