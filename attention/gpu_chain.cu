@@ -145,6 +145,10 @@ static size_t wave_bytes(const gpu_shape &s) {
            n * (sizeof(double) + 4 * sizeof(int)) + 16;
 }
 
+extern "C" bool gpu_chain_fits(const struct gpu_shape *shape) {
+    return wave_bytes(*shape) <= 163 << 10; /* compute capability 8.0 */
+}
+
 DEVICE wave_shared wave_shared_at(const gpu_shape &s, float *at) {
     int n = s.cache + s.window_size;
     wave_shared m;

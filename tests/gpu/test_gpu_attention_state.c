@@ -181,6 +181,20 @@ static void test_a_bad_state_is_refused_and_leaves_a_cleared_slot(void **state) 
     }
 }
 
+static void test_a_cache_too_large_for_a_block_is_refused(void **state) {
+    (void)state;
+    struct rig g;
+    struct gpu_attention *a = NULL;
+    struct attention_config c = base_config();
+    char msg[256] = "";
+    c.cache_size = 10000;
+    rig_open(&g, c, 100, N, 1, false);
+    assert_int_equal(gpu_attention_new(&a, gpu, g.a, 1, 8, 1, true, msg, sizeof msg), ERR_NOMEM);
+    assert_null(a);
+    assert_non_null(strstr(msg, "10000"));
+    rig_close(&g);
+}
+
 static void test_too_many_slots_are_no_memory(void **state) {
     (void)state;
     struct rig g;
@@ -218,6 +232,7 @@ int main(void) {
         cmocka_unit_test(test_copies_and_loaded_states_go_on_with_the_same_bits),
         cmocka_unit_test(test_a_cleared_slot_remembers_nothing),
         cmocka_unit_test(test_a_bad_state_is_refused_and_leaves_a_cleared_slot),
+        cmocka_unit_test(test_a_cache_too_large_for_a_block_is_refused),
         cmocka_unit_test(test_too_many_slots_are_no_memory),
     };
     int failed = cmocka_run_group_tests_name("lock-step", tests, lock_step, NULL);
