@@ -1,13 +1,14 @@
 # Urchin: `make run` serves the default model, `make help` lists the rest.
 BUILD  ?= build
 CC      = gcc
+AR      = ar
 PREFIX ?= /usr/local
 OPT    ?= -O2
 CFLAGS  = -std=c17 -D_GNU_SOURCE $(OPT) -g -Wall -Wextra -Wshadow -fno-math-errno -pthread -I. $(SAN)
 LDFLAGS = -pthread $(SAN)
 LIBS    = -lmicrohttpd -lcjson -lpcre2-8 -lutf8proc -lm
 JEMALLOC = $(if $(SAN),,-ljemalloc)
-ARCH   := $(shell uname -m)
+ARCH   ?= $(shell uname -m)
 ifeq (,$(findstring -j,$(MAKEFLAGS)))
 MAKEFLAGS += -j$(shell nproc)
 endif
@@ -23,11 +24,12 @@ GPU_C    = $(filter-out model/gpu_none.c,$(wildcard attention/gpu_*.c model/gpu_
 GPU_NONE = model/gpu_none.c
 SOURCES  = $(filter-out $(KERNELS) $(GPU_C) $(GPU_NONE),$(foreach d,$(LAYERS),$(wildcard $d/*.c)))
 MAIN     = server/main.c
-ISAS     = generic $(if $(filter x86_64,$(ARCH)),avx2 avx512)
+ISAS     = generic $(if $(filter x86_64,$(ARCH)),avx2 avx512) $(if $(filter aarch64,$(ARCH)),dotprod)
 # One kernel source, built once per instruction family; lanes and the order of sums are the same in all.
 ISA_generic = -DISA=generic
 ISA_avx2    = -DISA=avx2 -mavx2 -mfma -mf16c
 ISA_avx512  = -DISA=avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c -mprefer-vector-width=512
+ISA_dotprod = -DISA=dotprod -march=armv8.2-a+dotprod
 # No contraction: which products and sums are fused is written out (v16_fma), or bits depend on the compiler.
 KERNEL_OPT  = -O3 -ffp-contract=off -Wno-psabi
 
@@ -74,7 +76,7 @@ $(BUILD)/urchin-emu: $(BUILD)/server/main.o $(LIB) $(EMU_LIB)
 
 $(CUDA_LIB): $(GPU_OBJECTS) $(patsubst %.cu,$(BUILD)/cuda/%.o,$(KERNEL_CU) compute/gpu_cuda.cu)
 	@rm -f $@
-	ar rcs $@ $^
+	$(AR) rcs $@ $^
 
 $(BUILD)/cuda/%.o: %.cu
 	@mkdir -p $(@D)
@@ -82,7 +84,7 @@ $(BUILD)/cuda/%.o: %.cu
 
 $(EMU_LIB): $(GPU_OBJECTS) $(patsubst %.cu,$(BUILD)/emu/%.o,$(KERNEL_CU)) $(BUILD)/emu/tests/emu/emu.o
 	@rm -f $@
-	ar rcs $@ $^
+	$(AR) rcs $@ $^
 
 $(BUILD)/emu/%.o: %.cu
 	@mkdir -p $(@D)
@@ -93,7 +95,7 @@ $(BUILD)/emu/%.o: %.cpp
 
 $(LIB): $(OBJECTS)
 	@rm -f $@
-	ar rcs $@ $^
+	$(AR) rcs $@ $^
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
@@ -205,6 +207,10 @@ gpu-coverage: ## lines of kernels that the tests run on the emulated device
 coverage-run: $(GPU_TESTS)
 	@tests/gpu/coverage $(BUILD) $(GPU_TESTS)
 
+test-arm64: ## kernels on 64-bit Arm, by a cross compiler and qemu (as root: it installs both)
+	@deploy/setup gcc-aarch64-linux-gnu qemu-user python3 libc6-dev-arm64-cross
+	@tests/arm64 $(BUILD)-arm64
+
 test-clients: ## real OpenAI clients against a running server (needs PyPI)
 	@deploy/setup $(RUN_PACKAGES) python3-venv
 	@$(MAKE) --no-print-directory $(BUILD)/urchin
@@ -226,5 +232,5 @@ clean: ## remove every build folder
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-.PHONY: card test-gpu bench-gpu gpu-registers gpu-barriers gpu-coverage coverage-run all tests docs run packages model install test asan tsan fuzz fuzz-run layers test-clients fresh bench format clean help
+.PHONY: test-arm64 card test-gpu bench-gpu gpu-registers gpu-barriers gpu-coverage coverage-run all tests docs run packages model install test asan tsan fuzz fuzz-run layers test-clients fresh bench format clean help
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

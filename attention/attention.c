@@ -161,6 +161,9 @@ static const struct attention_kernels *choose_kernels(void) {
         return &attention_kernels_avx512;
     case CPU_AVX2:
         return &attention_kernels_avx2;
+#elif defined(__aarch64__)
+    case CPU_DOTPROD:
+        return &attention_kernels_dotprod;
 #endif
     default:
         return &attention_kernels_generic;

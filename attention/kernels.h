@@ -117,6 +117,8 @@ struct attention_kernels {
 extern const struct attention_kernels attention_kernels_generic;
 #if defined(__x86_64__)
 extern const struct attention_kernels attention_kernels_avx2, attention_kernels_avx512;
+#elif defined(__aarch64__)
+extern const struct attention_kernels attention_kernels_dotprod;
 #endif
 
 #endif

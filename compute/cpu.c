@@ -5,9 +5,12 @@
 #include <stdbool.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+enum { HAS_DOTPROD = 1 << 20 }; /* HWCAP_ASIMDDP of asm/hwcap.h */
 #endif
 
-static _Atomic int limit = CPU_AVX512;
+static _Atomic int limit = CPU_DOTPROD;
 
 #if defined(__x86_64__)
 static bool has_f16c(void) { /* clang 14 does not know it by name */
@@ -26,6 +29,8 @@ static enum cpu_isa detect(void) {
         !__builtin_cpu_supports("avx512vnni"))
         return CPU_AVX2;
     return CPU_AVX512;
+#elif defined(__aarch64__) && defined(__linux__)
+    return getauxval(AT_HWCAP) & HAS_DOTPROD ? CPU_DOTPROD : CPU_GENERIC;
 #else
     return CPU_GENERIC;
 #endif
@@ -40,7 +45,8 @@ enum cpu_isa cpu_isa(void) {
         best = (int)detect();
         atomic_store_explicit(&found, best, memory_order_relaxed);
     }
-    return (enum cpu_isa)(best < most ? best : most);
+    if (best <= most) return (enum cpu_isa)best;
+    return best == CPU_DOTPROD ? CPU_GENERIC : (enum cpu_isa)most; /* another architecture's name */
 }
 
 void cpu_isa_limit(enum cpu_isa most) {
@@ -55,6 +61,8 @@ const char *cpu_isa_name(enum cpu_isa isa) {
         return "avx2";
     case CPU_AVX512:
         return "avx512";
+    case CPU_DOTPROD:
+        return "dotprod";
     }
     return "unknown";
 }

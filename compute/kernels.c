@@ -60,6 +60,8 @@ V_FN v16i dot_nibbles(v16i acc, v16i w, v16i x) {
 #elif defined(__AVX2__)
         __m256i pairs = _mm256_maddubs_epi16((__m256i)w.p[i], (__m256i)x.p[i]);
         acc.p[i] += (v_part_i)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(__ARM_FEATURE_DOTPROD)
+        acc.p[i] = (v_part_i)vdotq_s32((int32x4_t)acc.p[i], (int8x16_t)w.p[i], (int8x16_t)x.p[i]);
 #else
         typedef int16_t half __attribute__((vector_size(64 / V_PARTS)));
         const v_part_u low = 0x00ff00ff - (v_part_u){0};
@@ -84,6 +86,9 @@ V_FN v16i dot_bytes(v16i acc, v16i w, v16i x) {
         __m256i pairs =
             _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8((__m256i)x.p[i], s));
         acc.p[i] += (v_part_i)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(__ARM_FEATURE_DOTPROD)
+        int8x16_t s = (int8x16_t)((v_part_u)w.p[i] ^ 0x80808080);
+        acc.p[i] = (v_part_i)vdotq_s32((int32x4_t)acc.p[i], s, (int8x16_t)x.p[i]);
 #else
         typedef int16_t half __attribute__((vector_size(64 / V_PARTS)));
         v_part_u s = (v_part_u)w.p[i] ^ 0x80808080;
@@ -115,7 +120,9 @@ enum { AHEAD = 8192 };
 enum { MAX_M = 8 };
 /* Portable C has no registers to keep the sums in, and a sanitizer checks every access to them:
  * unrolled, either takes minutes to compile. */
-#if V_PARTS == 4 || defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(__ARM_FEATURE_DOTPROD)
+#define UNROLL _Pragma("GCC unroll 8")
+#elif V_PARTS == 4 || defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define UNROLL
 #else
 #define UNROLL _Pragma("GCC unroll 8")
@@ -239,35 +246,47 @@ V_FN void tile_int4(const struct matmul_args *a, int row, int panel, int M) {
 
 /* One function a tile: gcc spills accumulators when several are inlined into one. */
 #define SHAPE(name, M)                                                                             \
-    static __attribute__((noinline)) void name##_##M(const struct matmul_args *a, int row,         \
+    static __attribute__((noinline, unused)) void name##_##M(const struct matmul_args *a, int row,         \
                                                      int panel) {                                  \
         tile_##name(a, row, panel, M);                                                             \
     }
 
-/* Rows are taken `tall` at a time, as many as the registers hold; a panel stays in cache while all
- * rows go by. */
+/* Rows are taken `tall` at a time, as many as the registers hold (32 of 16 bytes with NEON: two
+ * rows); a panel stays in cache while all rows go by. */
+#if defined(__ARM_FEATURE_DOTPROD)
+enum { FLOATS_TALL = 2, INTEGERS_TALL = 2 };
+#else
+enum { FLOATS_TALL = 8, INTEGERS_TALL = 4 }; /* these also hold the integer sums */
+#endif
+V_FN int rows_at_once(int left, int most) { /* 8, 4, 2 or 1 */
+    int n = most;
+    while (n > left)
+        n /= 2;
+    return n;
+}
 #define MATMUL(name, tall)                                                                         \
     SHAPE(name, 1)                                                                                 \
     SHAPE(name, 2)                                                                                 \
     SHAPE(name, 4)                                                                                 \
+    SHAPE(name, 8)                                                                                 \
     static void matmul_##name(const struct matmul_args *a, int first_panel, int end_panel) {       \
-        for (int panel = first_panel; panel < end_panel; panel++) {                                \
-            int row = 0;                                                                           \
-            for (; row + tall <= a->n_rows; row += tall)                                           \
-                name##_##tall(a, row, panel);                                                      \
-            for (; row + 4 <= a->n_rows; row += 4)                                                 \
-                name##_4(a, row, panel);                                                           \
-            for (; row + 2 <= a->n_rows; row += 2)                                                 \
-                name##_2(a, row, panel);                                                           \
-            if (row < a->n_rows) name##_1(a, row, panel);                                          \
-        }                                                                                          \
+        for (int panel = first_panel; panel < end_panel; panel++)                                  \
+            for (int row = 0, n; row < a->n_rows; row += n) {                                      \
+                n = rows_at_once(a->n_rows - row, tall);                                           \
+                if (tall >= 8 && n == 8)                                                           \
+                    name##_8(a, row, panel);                                                       \
+                else if (tall >= 4 && n == 4)                                                      \
+                    name##_4(a, row, panel);                                                       \
+                else if (n == 2)                                                                   \
+                    name##_2(a, row, panel);                                                       \
+                else                                                                               \
+                    name##_1(a, row, panel);                                                       \
+            }                                                                                      \
     }
-SHAPE(fp32, 8)
-SHAPE(bf16, 8)
-MATMUL(fp32, 8)
-MATMUL(bf16, 8)
-MATMUL(int8, 4) /* these also hold the integer sums */
-MATMUL(int4, 4)
+MATMUL(fp32, FLOATS_TALL)
+MATMUL(bf16, FLOATS_TALL)
+MATMUL(int8, INTEGERS_TALL)
+MATMUL(int4, INTEGERS_TALL)
 
 /* ---- quantised activations ---- */
 

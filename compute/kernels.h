@@ -66,6 +66,8 @@ const struct compute_kernels *compute_kernels(void);
 extern const struct compute_kernels compute_kernels_generic;
 #if defined(__x86_64__)
 extern const struct compute_kernels compute_kernels_avx2, compute_kernels_avx512;
+#elif defined(__aarch64__)
+extern const struct compute_kernels compute_kernels_dotprod;
 #endif
 
 #endif

@@ -7,17 +7,19 @@
 #include <string.h>
 
 const struct compute_kernels *compute_kernels(void) {
-#if defined(__x86_64__)
     switch (cpu_isa()) {
+#if defined(__x86_64__)
     case CPU_AVX512:
         return &compute_kernels_avx512;
     case CPU_AVX2:
         return &compute_kernels_avx2;
-    case CPU_GENERIC:
-        break;
-    }
+#elif defined(__aarch64__)
+    case CPU_DOTPROD:
+        return &compute_kernels_dotprod;
 #endif
-    return &compute_kernels_generic;
+    default:
+        return &compute_kernels_generic;
+    }
 }
 
 void rms_norm(float *y, const float *x, const float *weight, int n, float eps) {

@@ -1,14 +1,15 @@
 /* vec.h - sixteen float lanes for the kernel sources, the same in every instruction family.
  *
- * A v16 is one 64-byte register with AVX-512, two of 32 bytes with AVX2 and four of 16 otherwise.
+ * A v16 is one 64-byte register with AVX-512, two of 32 bytes with AVX2 and four of 16 otherwise
+ * (NEON where __ARM_FEATURE_DOTPROD says that the family is "dotprod").
  * It is a struct of parts and not a 64-byte GCC vector, because gcc keeps vectors wider than the
  * machine's in memory. Loads and stores take any alignment.  Lanes never mix except in v16_sum and
  * v16_hmax, which add in one fixed tree:  ((l0 + l8) + (l4 + l12)) + ((l2 + l10) + (l6 + l14)) +
  * the same over odd lanes.
  *
- * Kernel files are compiled with -ffp-contract=off, so the only fused operation is v16_fma: fused
- * with AVX2 and AVX-512, a product and a sum otherwise.  Kernels that use it agree to the bit
- * between AVX2 and AVX-512; kernels without it agree between all families. */
+ * Kernel files are compiled with -ffp-contract=off, so the only fused operation is v16_fma: a product
+ * and a sum in portable C, fused otherwise.  Kernels that use it agree to the bit between the families
+ * that fuse; kernels without it agree between all. */
 #ifndef URCHIN_COMPUTE_VEC_H
 #define URCHIN_COMPUTE_VEC_H
 
@@ -16,6 +17,8 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -94,6 +97,8 @@ V_FN v_part v_part_fma(v_part a, v_part b, v_part c) {
     return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__)
     return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return vfmaq_f32(c, a, b);
 #else
     return a * b + c;
 #endif
@@ -198,6 +203,8 @@ V_FN v16 v16_load_fp16(const uint16_t *src) {
         r.p[i] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)src));
 #elif defined(__AVX2__)
         r.p[i] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + V_LANES * i)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+        r.p[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(src + V_LANES * i)));
 #else
         v_part_u h = __builtin_convertvector(*(const v_part_h_any *)(src + V_LANES * i), v_part_u);
         v_part_u magnitude = h & 0x7fff;

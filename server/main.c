@@ -25,7 +25,7 @@ static void configure_log(const struct settings *s) {
 }
 
 static void limit_isa(const struct settings *s) {
-    for (int isa = CPU_GENERIC; isa <= CPU_AVX512; isa++)
+    for (int isa = CPU_GENERIC; isa <= CPU_DOTPROD; isa++)
         if (strcmp(s->isa, cpu_isa_name((enum cpu_isa)isa)) == 0) cpu_isa_limit((enum cpu_isa)isa);
 }
 

@@ -226,7 +226,7 @@ static void test_every_instruction_family_is_the_quadratic_form(void **state) {
                 check(c, 100, true, true);
             }
     }
-    cpu_isa_limit(CPU_AVX512);
+    cpu_isa_limit(best);
 }
 
 static void test_softmax_is_the_quadratic_form(void **state) {

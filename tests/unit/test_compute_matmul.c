@@ -189,7 +189,11 @@ static void test_families_give_the_same_bits(void **state) {
              isa++) {
             float *y = nans(ROWS * N_OUT);
             cpu_isa_limit((enum cpu_isa)isa);
-            assert_int_equal(cpu_isa(), isa);
+            if (cpu_isa() != (enum cpu_isa)isa) { /* of another architecture */
+                assert_int_equal(cpu_isa(), CPU_GENERIC);
+                free(y);
+                continue;
+            }
             matmul(team, scratch, y, N_OUT, x, N_IN, ROWS, m, NULL);
             if (memcmp(y, reference, ROWS * N_OUT * sizeof *y))
                 fail_msg("%s differs between %s and %s", weight_type_name(types[t]),
