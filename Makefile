@@ -232,5 +232,6 @@ clean: ## remove every build folder
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
+.SECONDARY: $(NONE)
 .PHONY: test-arm64 card test-gpu bench-gpu gpu-registers gpu-barriers gpu-coverage coverage-run all tests docs run packages model install test asan tsan fuzz fuzz-run layers test-clients fresh bench format clean help
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

@@ -12,9 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-extern "C" {
 #include "config/err.h"
-}
 
 /* ---- the library's calls ---- */
 

@@ -8,6 +8,10 @@
 
 #include <stddef.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 enum err {
     OK = 0,
     ERR_ARG = -1,     /* a value is unusable: the caller broke the contract, or a user's setting */
@@ -25,5 +29,9 @@ __attribute__((format(printf, 4, 5))) enum err err_set(char *msg, size_t msg_len
                                                        const char *format, ...);
 
 const char *err_name(enum err e); /* "ERR_ARG"; static */
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif
