@@ -195,8 +195,7 @@ bench-gpu: ## on a machine with a CUDA device: the speeds of bench/RESULTS.md's 
 	@bench/gpu.sh
 
 gpu-registers: ## registers, spills and shared memory of every kernel, as nvcc gives them
-	@$(MAKE) --no-print-directory $(CUDA_LIB)
-	@tests/gpu/registers $(CUDA_LIB)
+	@tests/gpu/registers $(NVCC) $(GPU_ARCHS)
 
 gpu-barriers: ## leaves out every barrier of every kernel: a test must fail (long)
 	@$(MAKE) --no-print-directory $(GPU_TESTS)

@@ -99,7 +99,9 @@ static void library_called(struct gpu *g, cublasStatus_t status, const char *wha
 }
 
 enum err gpu_open(struct gpu **out, char *msg, size_t msg_len) {
-    int n = 0;
+    int n = 0, driver = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+        return err_set(msg, msg_len, ERR_NO_CUDA, "this machine has no NVIDIA driver");
     cudaError_t error = cudaGetDeviceCount(&n);
     if (error == cudaSuccess && n == 0) error = cudaErrorNoDevice;
     if (error != cudaSuccess)
