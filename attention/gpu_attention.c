@@ -286,7 +286,7 @@ enum err gpu_attention_new(struct gpu_attention **out, struct gpu *g, struct att
     a->waves = calloc((size_t)a->max_segments, sizeof *a->waves);
     a->groups = calloc((size_t)a->max_segments, sizeof *a->groups);
     enum err e = ERR_NOMEM;
-    bool fits = !gpu_has_blocks(a) || gpu_chain_fits(&a->shape);
+    bool fits = !gpu_has_blocks(a) || gpu_chain_fits(gpu_info(g), &a->shape);
     if (fits && a->positions && a->layers && a->waves && a->groups) e = place_all_but_slots(a);
     if (!fits)
         err_set(msg, msg_len, e, "an attention cache of %d entries is too large for the device",

@@ -14,7 +14,7 @@
  *
  * Sums run over candidates (and d, f) in ascending order, one fused multiply-add each, as on the
  * CPU; only r_j.norm and the columns of e_j are added in an order of their own. */
-#include "attention/gpu_chain.cuh"
+#include "attention/gpu_choose.cuh"
 
 enum { F_TILE = 128, STAGED_KEYS = 32, J_TILE = 128, STAGED_F = 32 };
 enum { F_PITCH = F_TILE + 4, J_PITCH = STAGED_F + 4 }; /* floats; rows meet different banks */
@@ -130,137 +130,26 @@ extern "C" size_t gpu_chain_list_bytes(const struct gpu_shape *s) {
 /* ---- shared memory of a wave ---- */
 
 struct wave_shared {
-    float *stage;             /* two of STAGE: features, then values, of keys on their way */
-    float *S;                 /* [phi_lanes][CHAIN_COLUMNS] as if all candidates were folded */
-    float *z;                 /* [phi_lanes] */
-    double *score;            /* [candidates] */
-    int *keep;                /* [candidates] */
-    int *key, *kept, *folded; /* [candidates] numbers of keys, ascending positions */
-    int *count;
+    float *stage; /* two of STAGE: features, then values, of keys on their way */
+    float *S;     /* [phi_lanes][CHAIN_COLUMNS] as if all candidates were folded */
+    float *z;     /* [phi_lanes] */
 };
 
 static size_t wave_bytes(const gpu_shape &s) {
-    size_t n = candidates_of(&s);
     return (2 * STAGE + (size_t)s.phi_lanes * (CHAIN_COLUMNS + 1)) * sizeof(float) +
-           n * (sizeof(double) + 4 * sizeof(int)) + 16;
+           choice_bytes(s.cache + s.window_size);
 }
 
-extern "C" bool gpu_chain_fits(const struct gpu_shape *shape) {
-    return wave_bytes(*shape) <= 163 << 10; /* compute capability 8.0 */
+extern "C" bool gpu_chain_fits(const struct gpu_info *device, const struct gpu_shape *shape) {
+    return wave_bytes(*shape) <= gpu_shared_bytes(device);
 }
 
 DEVICE wave_shared wave_shared_at(const gpu_shape &s, float *at) {
-    int n = s.cache + s.window_size;
     wave_shared m;
     m.stage = at;
     m.S = at + 2 * STAGE;
     m.z = m.S + s.phi_lanes * CHAIN_COLUMNS;
-    m.score = (double *)(m.z + s.phi_lanes);
-    m.keep = (int *)(m.score + n);
-    m.key = m.keep + n;
-    m.kept = m.key + n;
-    m.folded = m.kept + n;
-    m.count = m.folded + n;
     return m;
-}
-
-/* ---- candidates, and which of them stay ---- */
-
-/* The cache before this block: how many, their numbers into key, element i by thread i. */
-DEVICE int keys_before(const gpu_chain &c, const chain_unit &u, const wave_shared &m) {
-    const gpu_shape &s = c.shape;
-    if (u.block.previous >= 0) {
-        const int *list = chain_list(c, u.index * c.n_blocks + u.block.previous, u.kv_head);
-        int n = list[s.cache];
-        for (int i = threadIdx.x; i < n; i += CHAIN_THREADS)
-            m.key[i] = list[i];
-        return n;
-    }
-    const int64_t *positions = u.slot.positions; /* those before the first -1 */
-    if (threadIdx.x == 0) *m.count = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < s.cache; i += CHAIN_THREADS) {
-        m.key[i] = i;
-        if (positions[i] >= 0 && (i + 1 == s.cache || positions[i + 1] < 0)) *m.count = i + 1;
-    }
-    __syncthreads();
-    return *m.count;
-}
-
-/* Block b - 2 leaves the window when b begins: its keys, less the sinks, come behind the first n.
- */
-DEVICE int add_block(const gpu_shape &s, const chain_unit &u, int64_t b, int *key, int n) {
-    int64_t start = (b - 2) * s.window_size;
-    int skip = b == 2 ? s.sinks : 0, more = s.window_size - skip;
-    int first = key_number(s, u.piece, start + skip);
-    for (int i = threadIdx.x; i < more; i += CHAIN_THREADS)
-        key[n + i] = first + i;
-    __syncthreads();
-    return n + more;
-}
-
-/* Keeps `count` more: the largest scores of those not kept yet, of equals the earlier.  Thread j
- * has set score[j] and keep[j]. */
-DEVICE void keep_largest(const wave_shared &m, int n, int count) {
-    for (int j = threadIdx.x; j < n; j += CHAIN_THREADS)
-        if (m.keep[j]) m.score[j] = -1; /* before nobody */
-    __syncthreads();
-    for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
-        if (m.keep[j]) continue;
-        double mine = m.score[j];
-        int before = 0;
-        for (int i = 0; i < j; i++)
-            before += m.score[i] >= mine;
-        for (int i = j + 1; i < n; i++)
-            before += m.score[i] > mine;
-        m.keep[j] = before < count;
-    }
-    __syncthreads();
-}
-
-/* Most places by error alone, some by error and age.  Marks keep[] of the n in key[]. */
-DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b, int n,
-                   const wave_shared &m) {
-    const gpu_shape &s = c.shape;
-    bool all = n <= s.cache, none = s.cache == 0;
-    for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
-        m.keep[j] = all;
-        if (all || none) continue;
-        float error = 0;
-        for (int h = 0; h < s.state_heads; h++) {
-            float head = 0;
-            for (int t = 0; t < s.lanes / CHAIN_COLUMNS; t++)
-                head += chain_errors(c, turn, u.block.piece, u.index, u.kv_head, h, t)[j];
-            error += head;
-        }
-        m.score[j] = isnan(error) ? INFINITY : error; /* what overflows is not recalled at all */
-    }
-    if (all || none) return;
-    keep_largest(m, n, s.cache - s.cache_recent);
-    if (!s.cache_recent) return;
-    for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
-        int64_t position = source_of(s, u.piece, u.slot.positions, m.key[j]).position;
-        m.score[j] /= 1 + (double)(b * s.window_size - position) / s.cache_age;
-    }
-    keep_largest(m, n, s.cache_recent);
-}
-
-/* key[n] -> kept[], folded[], ascending; returns how many are kept. */
-DEVICE int part_keys(const wave_shared &m, int n) {
-    if (threadIdx.x == 0) *m.count = 0;
-    __syncthreads();
-    for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
-        int before = 0;
-        for (int i = 0; i < j; i++)
-            before += m.keep[i];
-        if (m.keep[j])
-            m.kept[before] = m.key[j];
-        else
-            m.folded[j - before] = m.key[j];
-        if (j == n - 1) *m.count = before + m.keep[j];
-    }
-    __syncthreads();
-    return *m.count;
 }
 
 /* ---- S += sum_j phi_j v_j^T, z += sum_j phi_j ---- */
@@ -401,27 +290,11 @@ static __global__ void __launch_bounds__(CHAIN_THREADS, 2)
                                  (int)blockIdx.z % c.n_layers, (int)blockIdx.y);
     if (before && !u.block.begins) return;
     wave_shared m = wave_shared_at(s, shared);
+    choice_shared keys = choice_shared_at(s, m.z + s.phi_lanes);
     int tiles = s.lanes / CHAIN_COLUMNS, tile = (int)blockIdx.x % tiles,
         state = (int)blockIdx.x / tiles, c0 = tile * CHAIN_COLUMNS;
-    int64_t b = u.block.segment.position / s.window_size;
-
-    int n = keys_before(c, u, m), n_kept = n, n_folded = 0;
-    if (u.block.begins && !before) {
-        n = add_block(s, u, b, m.key, n);
-        choose(c, u, turn, b, n, m);
-        n_kept = part_keys(m, n);
-        n_folded = n - n_kept;
-        for (int i = threadIdx.x; i < n_kept; i += CHAIN_THREADS)
-            m.key[i] = m.kept[i];
-    }
-    if (!before && tile == 0 && state == 0) {
-        for (int i = threadIdx.x; i < n_kept; i += CHAIN_THREADS)
-            u.list[i] = m.key[i];
-        if (threadIdx.x == 0) u.list[s.cache] = n_kept;
-    }
-    n = n_kept;
-    if (before || u.block.more) n = add_block(s, u, before ? b : b + 1, m.key, n);
-    bool scoring = (before || u.block.more) && n > s.cache && s.cache > 0;
+    bool writes = !before && tile == 0 && state == 0;
+    chosen to = choose_keys(c, u, turn, before, writes, keys);
 
     columns t;
     t.phi = chain_phi(c, u.piece, u.index, u.kv_head, state);
@@ -435,9 +308,6 @@ static __global__ void __launch_bounds__(CHAIN_THREADS, 2)
     const float *z_before = normaliser(s, from, state);
     uint16_t *planes_after = plane_hi(s, u.here, state);
     float *z_after = normaliser(s, u.here, state);
-    int64_t start = b * s.window_size;
-    float forget = n_folded ? forgetting(s, folded_keys(s, start - 1), folded_keys(s, start)) : 1;
-
     int d = (int)threadIdx.x % 8 * 2;
     for (int f0 = 0; f0 < s.phi_lanes; f0 += F_TILE) {
         tile_sum sum;
@@ -450,11 +320,11 @@ static __global__ void __launch_bounds__(CHAIN_THREADS, 2)
             sum.S[r][1] = is ? whole_S(planes, s.S_floats, at + 1) : 0;
             sum.z[r] = f + r < s.phi_lanes ? z_before[f + r] : 0;
         }
-        if (n_folded) add_keys(m, t, m.folded, n_folded, f0, sum);
+        if (to.n_folded) add_keys(m, t, keys.folded, to.n_folded, f0, sum);
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             size_t at = (size_t)(f + r) * s.lanes + c0 + d;
-            sum.S[r][0] *= forget, sum.S[r][1] *= forget, sum.z[r] *= forget;
+            sum.S[r][0] *= to.forget, sum.S[r][1] *= to.forget, sum.z[r] *= to.forget;
             if (before) continue;
             if (f + r < s.features) {
                 write_S(planes_after, s.S_floats, at, sum.S[r][0]);
@@ -462,8 +332,8 @@ static __global__ void __launch_bounds__(CHAIN_THREADS, 2)
             }
             if (tile == 0 && d == 0 && f + r < s.phi_lanes) z_after[f + r] = sum.z[r];
         }
-        if (!scoring) continue;
-        add_keys(m, t, m.key, n, f0, sum);
+        if (!to.scoring) continue;
+        add_keys(m, t, keys.next, to.n_next, f0, sum);
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             if (f + r >= s.phi_lanes) continue;
@@ -472,16 +342,16 @@ static __global__ void __launch_bounds__(CHAIN_THREADS, 2)
             if (d == 0) m.z[f + r] = sum.z[r];
         }
     }
-    if (scoring) {
+    if (to.scoring) {
         int next = before ? turn : turn ^ 1;
-        recall(m, t, m.key, n,
+        recall(m, t, keys.next, to.n_next,
                chain_errors(c, next, u.block.piece, u.index, u.kv_head, state, tile));
     }
 }
 
 static void launch_wave(struct gpu *g, const gpu_chain *c, int first, int n, int turn,
                         bool before) {
-    if (n <= 0) return;
+    if (n <= 0 || launch_fast_wave(g, c, first, n, turn, before)) return;
     dim3 grid((unsigned)(c->shape.lanes / CHAIN_COLUMNS * c->shape.state_heads),
               (unsigned)c->shape.n_kv_heads, (unsigned)(c->n_layers * n));
     LAUNCH(g, wave_kernel, grid, CHAIN_THREADS, wave_bytes(c->shape), *c, first, turn, before);

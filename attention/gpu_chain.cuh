@@ -121,4 +121,10 @@ DEVICE float *chain_errors(const gpu_chain &c, int turn, int piece, int index, i
     return c.errors + ((head * c.shape.state_heads + state) * tiles + tile) * (size_t)candidates;
 }
 
+/* ---- gpu_wave.cu ---- */
+
+/* A wave by tensor cores.  False: not such a shape or device, nothing was done. */
+bool launch_fast_wave(struct gpu *g, const gpu_chain *c, int first_block, int n_blocks, int turn,
+                      bool before);
+
 #endif

@@ -30,6 +30,12 @@ struct gpu_info {
 enum err gpu_open(struct gpu **out, char *msg, size_t msg_len);
 void gpu_close(struct gpu *g); /* NULL is fine */
 const struct gpu_info *gpu_info(const struct gpu *g);
+/* Shared memory that a block of threads may ask for and every device of the generation has: the CUDA C++ programming guide's
+ * "Technical Specifications per Compute Capability"; cards for graphics have least. */
+static inline size_t gpu_shared_bytes(const struct gpu_info *info) {
+    bool graphics = info->capability == 86 || info->capability == 89 || info->capability >= 120;
+    return (size_t)(graphics ? 99 : 163) << 10;
+}
 size_t gpu_free_bytes(struct gpu *g); /* device memory that can be had now */
 
 /* Device memory: zeroed, 256-byte aligned, owned by the caller until gpu_release().  ERR_NOMEM. */

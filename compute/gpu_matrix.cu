@@ -151,13 +151,6 @@ static enum err upload(struct gpu *g, const gpu_matrix *w, const struct matrix *
     return err;
 }
 
-/* CUDA C++ programming guide, "Technical Specifications per Compute Capability": cards for graphics
- * have least. */
-static int shared_bytes(int capability) {
-    const bool graphics = capability == 86 || capability == 89 || capability >= 120;
-    return (graphics ? 99 : 163) << 10;
-}
-
 enum err gpu_matrix_new(struct gpu_matrix **out, struct gpu *g, const struct matrix *from) {
     gpu_matrix *w = (gpu_matrix *)calloc(1, sizeof *w);
     if (!w) return ERR_NOMEM;
@@ -168,7 +161,7 @@ enum err gpu_matrix_new(struct gpu_matrix **out, struct gpu *g, const struct mat
     w->n_tiles = (w->n_out + TILE - 1) / TILE;
     w->stride = w->type == WEIGHT_BF16 ? (w->n_in + 7) / 8 * 8 : w->n_in;
     w->n_processors = gpu_info(g)->n_processors;
-    w->shared_bytes = shared_bytes(gpu_info(g)->capability);
+    w->shared_bytes = (int)gpu_shared_bytes(gpu_info(g));
     w->bytes = (size_t)w->n_tiles * tile_bytes(w);
     void *at = NULL;
     enum err err = gpu_alloc(g, &at, w->bytes);
