@@ -139,7 +139,7 @@ enum err gpu_attention_slot_load(struct gpu_attention *a, int slot, const void *
     char *host = softmax(a) ? memory_map(slot_bytes) : a->host; /* of what it maps little is used */
     if (!host) return err_set(msg, msg_len, ERR_NOMEM, "no memory to check a saved state");
     gpu_attention_slot_clear(a, slot);
-    enum err e = attention_state_load(a->twin, host, state, bytes, msg, msg_len);
+    enum err e = state_copy_in(a->twin, host, state, bytes, msg, msg_len);
     if (!e) {
         int64_t position = attention_slot_position(a->twin, host);
         if (softmax(a))

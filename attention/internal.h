@@ -141,5 +141,7 @@ void answer_part(const struct layer_job *job, const struct segment *segment, int
 
 /* ---- slot.c ---- */
 void layout_init(struct attention *a);
+/* attention_state_load() but for the rotated copies of keys, which are left as they were. */
+enum err state_copy_in(const struct attention *a, void *slot, const void *state, size_t bytes, char *msg, size_t msg_len);
 
 #endif

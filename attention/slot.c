@@ -296,8 +296,8 @@ static enum err check_memory(const struct attention *a, const struct memory *m, 
                    layer, kv);
 }
 
-enum err attention_state_load(const struct attention *a, void *slot, const void *state,
-                              size_t bytes, char *msg, size_t msg_len) {
+enum err state_copy_in(const struct attention *a, void *slot, const void *state, size_t bytes,
+                       char *msg, size_t msg_len) {
     struct slot_header header = {0};
     attention_slot_clear(a, slot);
     if (bytes < sizeof header)
@@ -311,8 +311,18 @@ enum err attention_state_load(const struct attention *a, void *slot, const void 
         for (int kv = 0; kv < a->config.n_kv_heads && !e; kv++) {
             struct memory m = memory_of(a, slot, layer, kv);
             e = check_memory(a, &m, layer, kv, header.position, msg, msg_len);
-            if (!e && m.turned != m.keys) rebuild_turned(a, &m, header.position, a->scratch);
         }
     if (e) attention_slot_clear(a, slot);
+    return e;
+}
+
+enum err attention_state_load(const struct attention *a, void *slot, const void *state,
+                              size_t bytes, char *msg, size_t msg_len) {
+    enum err e = state_copy_in(a, slot, state, bytes, msg, msg_len);
+    for (int layer = 0; layer < a->n_layers && !e; layer++)
+        for (int kv = 0; kv < a->config.n_kv_heads; kv++) {
+            struct memory m = memory_of(a, slot, layer, kv);
+            if (m.turned != m.keys) rebuild_turned(a, &m, slot_header(slot)->position, a->scratch);
+        }
     return e;
 }
