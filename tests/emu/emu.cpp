@@ -445,6 +445,8 @@ void emu::enqueue(struct gpu *g, const char *name, dim3 grid, unsigned threads, 
     queue(g, [=] { run_grid(name, grid, threads, shared, kernel); });
 }
 
+static int n_open;
+
 enum err gpu_open(struct gpu **out, char *msg, size_t msg_len) {
     (void)msg, (void)msg_len;
     emu::read_environment();
@@ -452,9 +454,12 @@ enum err gpu_open(struct gpu **out, char *msg, size_t msg_len) {
     strcpy(g->info.name, "emulated device");
     g->info.capability = 90;
     g->info.n_processors = 4;
+    const char *processors = getenv("URCHIN_EMULATED_PROCESSORS");
+    if (processors) g->info.n_processors = atoi(processors);
     const char *bytes = getenv("URCHIN_EMULATED_BYTES");
     g->info.total_bytes = bytes ? strtoull(bytes, NULL, 10) : (unsigned long long)4 << 30;
     g->info.emulated = true;
+    n_open++;
     *out = g;
     return OK;
 }
@@ -466,6 +471,10 @@ void gpu_close(struct gpu *g) {
     for (auto &one : g->host)
         free(one.first);
     delete g;
+    if (--n_open) return;
+    for (auto &one : emu::fibres)
+        free(one.stack);
+    emu::fibres.clear();
 }
 
 const struct gpu_info *gpu_info(const struct gpu *g) {
