@@ -4,12 +4,13 @@
  *   prepare  phi_k of a piece's keys        (tiles of 64 keys x state heads, kv heads, layers x
  *                                           pieces), 256 threads
  *   wave     choose, fold, score the next   (tiles of 16 columns of S x state heads, kv heads,
- *                                           layers x blocks), 256 threads; 60 KB of shared memory
- *                                           with F = 256 and 192 candidates
+ *                                           layers x blocks), 256 threads; 61 KB of shared memory
+ *                                           with F = 256 and 192 candidates.  gpu_wave.cu has
+ *                                           the shapes that matter, where not exact
  *   bound    fp32 arithmetic.  wave: 2 n F D + n_fold F D multiply-adds of a state head with n
  *            candidates; F = 128, D = 64, n = 192: 3.7 M in 4 blocks of threads.  In a chain of
  *            waves latency decides: so each is one launch, and every block of threads of a wave
- *            chooses for itself
+ *            chooses for itself (gpu_choose.cuh)
  *   twin     memory.c, self_recall(), choose(), fold(); kernels.c
  *
  * Sums run over candidates (and d, f) in ascending order, one fused multiply-add each, as on the

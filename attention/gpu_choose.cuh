@@ -11,6 +11,7 @@
 #include "attention/gpu_chain.cuh"
 
 struct choice_shared {
+    double *age;              /* [candidates] what an error is divided by */
     int64_t *score;           /* [candidates] by error and age, as bits: they order like numbers */
     int *error;               /* [candidates] bits of a float */
     int *rank;                /* [candidates] */
@@ -22,13 +23,14 @@ struct choice_shared {
 
 static inline size_t choice_bytes(int candidates) {
     size_t n = ((size_t)candidates + 6) / 4 * 4;
-    return n * (sizeof(int64_t) + 5 * sizeof(int)) + (n / 32 + 2) * sizeof(int);
+    return n * (2 * sizeof(int64_t) + 5 * sizeof(int)) + (n / 32 + 2) * sizeof(int);
 }
 
 DEVICE choice_shared choice_shared_at(const gpu_shape &s, void *at) { /* 16-byte aligned */
     int n = (s.cache + s.window_size + 6) / 4 * 4; /* scores end in up to three -1 */
     choice_shared m;
-    m.score = (int64_t *)at;
+    m.age = (double *)at;
+    m.score = (int64_t *)(m.age + n);
     m.error = (int *)(m.score + n);
     m.rank = m.error + n;
     m.key = m.rank + n;
@@ -128,16 +130,13 @@ DEVICE bool is_kept(const unsigned *kept, int j) {
 }
 
 /* Of those that error alone does not keep, the first by error and age. */
-DEVICE void choose_recent(const gpu_shape &s, const chain_unit &u, int64_t b, int n,
-                          const choice_shared &m) {
+DEVICE void choose_recent(const gpu_shape &s, int n, const choice_shared &m) {
     int *rest = m.folded, n_rest = n - (s.cache - s.cache_recent);
     for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
         m.rank[j] = 0;
         if (is_kept(m.kept, j)) continue;
         int r = j - kept_before(m.kept, j);
-        int64_t position = source_of(s, u.piece, u.slot.positions, m.key[j]).position;
-        double score = as_float((uint32_t)m.error[j]);
-        score /= 1 + (double)(b * s.window_size - position) / s.cache_age;
+        double score = (double)as_float((uint32_t)m.error[j]) / m.age[j];
         memcpy(&m.score[r], &score, sizeof score);
         rest[r] = j;
     }
@@ -155,14 +154,21 @@ DEVICE void choose_recent(const gpu_shape &s, const chain_unit &u, int64_t b, in
 DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b, int n,
                    const choice_shared &m) {
     const gpu_shape &s = c.shape;
-    for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
+    const float *errors = chain_errors(c, turn, u.block.piece, u.index, u.kv_head, 0, 0);
+    for (int j = threadIdx.x; j < n;
+         j += CHAIN_THREADS) { /* what takes long is under way at once */
+        int64_t position = 0;
+        if (s.cache_recent) position = source_of(s, u.piece, u.slot.positions, m.key[j]).position;
+        const float *at = errors + j;
         float error = 0;
         for (int h = 0; h < s.state_heads; h++) {
             float head = 0;
-            for (int t = 0; t < s.lanes / CHAIN_COLUMNS; t++)
-                head += chain_errors(c, turn, u.block.piece, u.index, u.kv_head, h, t)[j];
+#pragma unroll 8
+            for (int t = 0; t < s.lanes / CHAIN_COLUMNS; t++, at += s.cache + s.window_size)
+                head += *at;
             error += head;
         }
+        if (s.cache_recent) m.age[j] = 1 + (double)(b * s.window_size - position) / s.cache_age;
         /* what overflows is not recalled at all */
         m.error[j] = (int)as_bits(isnan(error) ? INFINITY : error);
         m.rank[j] = 0;
@@ -177,7 +183,7 @@ DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b,
         if (j % 32 == 0) m.kept[j / 32] = bits;
     }
     __syncthreads();
-    if (s.cache_recent) choose_recent(s, u, b, n, m);
+    if (s.cache_recent) choose_recent(s, n, m);
     for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
         int before = kept_before(m.kept, j);
         if (is_kept(m.kept, j))

@@ -115,7 +115,8 @@ size_t gpu_chain_phi_bytes(const struct gpu_shape *shape);
 size_t gpu_chain_value_bytes(const struct gpu_shape *shape);
 size_t gpu_chain_error_bytes(const struct gpu_shape *shape);
 size_t gpu_chain_list_bytes(const struct gpu_shape *shape);
-bool gpu_chain_fits(const struct gpu_info *device, const struct gpu_shape *shape); /* shared memory holds what a wave keeps of its candidates */
+/* A block's shared memory holds what a wave keeps of its candidates. */
+bool gpu_chain_fits(const struct gpu_info *device, const struct gpu_shape *shape);
 void gpu_launch_prepare(struct gpu *g, const struct gpu_chain *chain, int most_keys, const struct gpu_rows *rows);
 void gpu_launch_recall(struct gpu *g, const struct gpu_chain *chain, int n_blocks);
 void gpu_launch_wave(struct gpu *g, const struct gpu_chain *chain, int wave, int first_block, int n_blocks);
