@@ -29,12 +29,16 @@ ISAS     = generic $(if $(filter x86_64,$(ARCH)),avx2 avx512) $(if $(filter aarc
 ISA_generic = -DISA=generic
 ISA_avx2    = -DISA=avx2 -mavx2 -mfma -mf16c
 ISA_avx512  = -DISA=avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c -mprefer-vector-width=512
+# AVX-512 and AMX tiles.  For the tests of any machine: the same kernels in portable C, over tile instructions in C.
+ISA_amx     = -DAMX $(subst ISA=avx512,ISA=amx,$(ISA_avx512)) -mamx-tile -mamx-int8
+ISA_amx_model = -DAMX -DAMX_MODEL -DISA=amx_model
 ISA_dotprod = -DISA=dotprod -march=armv8.2-a+dotprod
 # No contraction: which products and sums are fused is written out (v16_fma), or bits depend on the compiler.
 KERNEL_OPT  = -O3 -ffp-contract=off -Wno-psabi
 
 OBJECTS  = $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(MAIN),$(SOURCES))) \
-           $(foreach i,$(ISAS),$(patsubst %.c,$(BUILD)/%.$i.o,$(wildcard $(KERNELS))))
+           $(foreach i,$(ISAS),$(patsubst %.c,$(BUILD)/%.$i.o,$(wildcard $(KERNELS)))) \
+           $(if $(filter x86_64,$(ARCH)),$(BUILD)/compute/kernels.amx.o)
 LIB      = $(BUILD)/liburchin.a
 UNIT     = $(wildcard tests/unit/test_*.c)
 TESTS    = $(patsubst tests/unit/%.c,$(BUILD)/tests/%,$(UNIT))
@@ -106,16 +110,18 @@ $(BUILD)/%.$1.o: %.c
 	@mkdir -p $$(@D)
 	$(CC) $(CFLAGS) $(KERNEL_OPT) $(ISA_$1) -MMD -MP -c $$< -o $$@
 endef
-$(foreach i,$(ISAS),$(eval $(call kernel_rule,$i)))
+$(foreach i,$(ISAS) amx amx_model,$(eval $(call kernel_rule,$i)))
 
 $(BUILD)/server/page.o: server/page.html
 
 define program_rule # folder in BUILD, folder of its source, what it links besides
 $(BUILD)/$1/%: $2/%.c $(LIB) $(NONE)
 	@mkdir -p $$(@D)
-	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $$@ $$< $(call with,$(NONE)) $3 $(LIBS)
+	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $$@ $$< $$(MORE) $(call with,$(NONE)) $3 $(LIBS)
 endef
 $(eval $(call program_rule,tests,tests/unit,-lcmocka))
+$(BUILD)/tests/test_compute_amx: MORE = $(BUILD)/compute/kernels.amx_model.o
+$(BUILD)/tests/test_compute_amx: $(BUILD)/compute/kernels.amx_model.o
 $(GPU_TESTS): $(BUILD)/tests/%: tests/gpu/%.c $(EMU_LIB) $(LIB)
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -MMD -MP $(LDFLAGS) -o $@ $< $(call with,$(EMU_LIB)) -lcmocka $(LIBS) -lstdc++ $(CXXFLAGS_MORE)

@@ -1,5 +1,5 @@
 /* kernels.c - the vector loops of compute/, built once per instruction family (ISA=generic, avx2,
- * avx512).
+ * avx512, dotprod; ISA=amx is AVX-512 and, with AMX defined, amx_matmul.h).
  *
  * Every y[m][n] is one lane's sum over ascending k, whatever tile of rows and panels it is computed
  * in, so tile shapes are free to differ between families and row counts. */
@@ -288,6 +288,10 @@ MATMUL(bf16, FLOATS_TALL)
 MATMUL(int8, INTEGERS_TALL)
 MATMUL(int4, INTEGERS_TALL)
 
+#if defined(AMX)
+#include "compute/amx_matmul.h"
+#endif
+
 /* ---- quantised activations ---- */
 
 /* The low bytes of 16 lanes. */
@@ -403,7 +407,11 @@ static void add_to(float *y, const float *x, int n) {
 #define NAME_OF(isa) compute_kernels_##isa
 #define NAME(isa) NAME_OF(isa)
 const struct compute_kernels NAME(ISA) = {
+#if defined(AMX)
+    .matmul = {matmul_fp32, matmul_bf16, matmul_int8_amx, matmul_int4_amx},
+#else
     .matmul = {matmul_fp32, matmul_bf16, matmul_int8, matmul_int4},
+#endif
     .quantise_row = quantise_row,
     .rms_norm = rms_norm,
     .layer_norm = layer_norm,

@@ -65,7 +65,7 @@ const struct compute_kernels *compute_kernels(void);
 
 extern const struct compute_kernels compute_kernels_generic;
 #if defined(__x86_64__)
-extern const struct compute_kernels compute_kernels_avx2, compute_kernels_avx512;
+extern const struct compute_kernels compute_kernels_avx2, compute_kernels_avx512, compute_kernels_amx;
 #elif defined(__aarch64__)
 extern const struct compute_kernels compute_kernels_dotprod;
 #endif

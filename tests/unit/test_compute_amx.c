@@ -1,0 +1,161 @@
+/* test_compute_amx.c - the matmul of amx_matmul.h on any machine: kernels.c built with AMX_MODEL,
+ * its tile instructions in C, beside the generic family.  test_compute_matmul.c runs the real
+ * instructions where there are any. */
+#include "compute/kernels.h"
+
+extern const struct compute_kernels compute_kernels_amx_model;
+
+/* The whole of matrix.c, with a table of kernels that the tests choose. */
+static const struct compute_kernels *table = &compute_kernels_generic;
+#define compute_kernels() table
+#include "compute/matrix.c"
+#undef compute_kernels
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+
+#include <cmocka.h>
+
+static const enum weight_type types[] = {WEIGHT_INT8, WEIGHT_INT4};
+
+static uint64_t rng_state = 1;
+static float uniform(void) { /* [-1, 1) */
+    rng_state = rng_state * 6364136223846793005u + 1442695040888963407u;
+    return (float)(int32_t)(rng_state >> 32) * 0x1p-31f;
+}
+static float *uniforms(size_t n) {
+    float *x = malloc(n * sizeof *x);
+    assert_non_null(x);
+    for (size_t i = 0; i < n; i++)
+        x[i] = uniform();
+    return x;
+}
+static float *nans(size_t n) {
+    float *x = malloc(n * sizeof *x);
+    assert_non_null(x);
+    for (size_t i = 0; i < n; i++)
+        x[i] = NAN;
+    return x;
+}
+
+static struct matrix *pack(enum weight_type type, int n_out, int n_in, const float *w) {
+    struct matrix *m = NULL;
+    assert_int_equal(matrix_new(&m, type, n_out, n_in), OK);
+    matrix_set_rows(m, 0, n_out, w);
+    return m;
+}
+
+static void multiply_with(const struct compute_kernels *kernels, struct team *team, float *y,
+                          int y_stride, const float *x, int n_rows, const struct matrix *w,
+                          const float *bias) {
+    struct matmul_scratch *scratch = NULL;
+    assert_int_equal(matmul_scratch_new(&scratch, n_rows, w->n_in), OK);
+    table = kernels;
+    matmul(team, scratch, y, (size_t)y_stride, x, (size_t)w->n_in, n_rows, w, bias);
+    table = &compute_kernels_generic;
+    matmul_scratch_free(scratch);
+}
+
+/* Any number of rows, whole and broken panels, chunks and blocks, with and without a bias, for one
+ * thread and several: the bits of portable C, and nothing between the rows is touched. */
+static void test_tiles_give_the_bits_of_portable_c(void **state) {
+    (void)state;
+    enum { ROWS = 40, MOST_OUT = 100, MOST_IN = 300, GAP = 3 };
+    static const int outs[] = {1, 15, 16, 17, 31, 32, 33, 64, MOST_OUT};
+    static const int ins[] = {1, 31, 32, 33, 96, 127, 128, 129, 172, 256, MOST_IN};
+    float *w = uniforms(MOST_OUT * MOST_IN), *x = uniforms(ROWS * MOST_IN);
+    float *bias = uniforms(MOST_OUT), *want = nans(ROWS * MOST_OUT);
+    struct team *team = NULL;
+    assert_int_equal(team_new(&team, 3), OK);
+    int n_compared = 0;
+    for (size_t t = 0; t < sizeof types / sizeof *types; t++)
+        for (size_t o = 0; o < sizeof outs / sizeof *outs; o++)
+            for (size_t i = 0; i < sizeof ins / sizeof *ins; i++) {
+                int n_out = outs[o], n_in = ins[i], stride = n_out + GAP;
+                struct matrix *m = pack(types[t], n_out, n_in, w);
+                const float *b = (o + i) % 2 ? bias : NULL;
+                multiply_with(&compute_kernels_generic, team, want, n_out, x, ROWS, m, b);
+                for (int rows = 1; rows <= ROWS; rows++) {
+                    int first = ROWS - rows; /* so that rows change their place */
+                    float *y = nans((size_t)rows * (size_t)stride);
+                    multiply_with(&compute_kernels_amx_model, team, y, stride, x + first * n_in,
+                                  rows, m, b);
+                    for (int r = 0; r < rows; r++, n_compared++) {
+                        if (memcmp(y + r * stride, want + (first + r) * n_out,
+                                   (size_t)n_out * sizeof *y))
+                            fail_msg("%s %dx%dx%d: row %d differs", weight_type_name(types[t]),
+                                     rows, n_out, n_in, r);
+                        for (int gap = n_out; gap < stride; gap++)
+                            assert_true(isnan(y[r * stride + gap]));
+                    }
+                    free(y);
+                }
+                matrix_free(m);
+            }
+    assert_int_equal(n_compared, 2 * 9 * 11 * ROWS * (ROWS + 1) / 2);
+    team_free(team);
+    free(w), free(x), free(bias), free(want);
+}
+
+/* The largest sums, blocks of zeros, activations too small to quantise. */
+static void test_extreme_blocks_give_the_bits_of_portable_c(void **state) {
+    (void)state;
+    enum { ROWS = 18, N_OUT = 40, N_IN = 192 };
+    float *w = uniforms(N_OUT * N_IN), *x = uniforms(ROWS * N_IN);
+    for (int r = 0; r < ROWS; r++)
+        for (int k = 0; k < 128; k++) {
+            float *at = &x[r * N_IN + k];
+            *at = k < 32 ? 0 : k < 64 ? *at * 1e-34f : k < 96 ? 1 : k % 2 ? 1 : -1;
+        }
+    for (int n = 0; n < N_OUT; n++)
+        for (int k = 64; k < 128; k++)
+            w[n * N_IN + k] = (n + k / 96) % 2 ? 1 : k < 96 || k % 2 ? -1 : 1;
+    for (int n = 0; n < N_OUT; n++)
+        for (int k = 128; k < 160; k++)
+            w[n * N_IN + k] = n % 3 ? 0 : -0.5f;
+    struct team *team = NULL;
+    assert_int_equal(team_new(&team, 1), OK);
+    for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
+        struct matrix *m = pack(types[t], N_OUT, N_IN, w);
+        float *want = nans(ROWS * N_OUT), *y = nans(ROWS * N_OUT);
+        multiply_with(&compute_kernels_generic, team, want, N_OUT, x, ROWS, m, NULL);
+        multiply_with(&compute_kernels_amx_model, team, y, N_OUT, x, ROWS, m, NULL);
+        assert_memory_equal(y, want, ROWS * N_OUT * sizeof *y);
+        matrix_free(m);
+        free(want), free(y);
+    }
+    team_free(team);
+    free(w), free(x);
+}
+
+/* A NaN or infinity in a row of x reaches that row's outputs and no other row's; of W, that column.
+ */
+static void test_not_a_number_stays_in_its_row_and_column(void **state) {
+    (void)state;
+    enum { ROWS = 21, N_OUT = 40, N_IN = 170, ROW = 17, COLUMN = 35 };
+    float *w = uniforms(N_OUT * N_IN), *x = uniforms(ROWS * N_IN), *y = nans(ROWS * N_OUT);
+    struct team *team = NULL;
+    assert_int_equal(team_new(&team, 1), OK);
+    for (size_t t = 0; t < sizeof types / sizeof *types; t++)
+        for (int bad = 0; bad < 2; bad++) {
+            x[ROW * N_IN + 140] = w[COLUMN * N_IN + 3] = bad ? INFINITY : NAN;
+            struct matrix *m = pack(types[t], N_OUT, N_IN, w);
+            multiply_with(&compute_kernels_amx_model, team, y, N_OUT, x, ROWS, m, NULL);
+            for (int r = 0; r < ROWS; r++)
+                for (int n = 0; n < N_OUT; n++)
+                    assert_int_equal(isfinite(y[r * N_OUT + n]), r != ROW && n != COLUMN);
+            matrix_free(m);
+        }
+    team_free(team);
+    free(w), free(x), free(y);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_tiles_give_the_bits_of_portable_c),
+        cmocka_unit_test(test_extreme_blocks_give_the_bits_of_portable_c),
+        cmocka_unit_test(test_not_a_number_stays_in_its_row_and_column),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
