@@ -157,6 +157,7 @@ static struct attention_config canonical(const struct attention_config *config, 
 static const struct attention_kernels *choose_kernels(void) {
     switch (cpu_isa()) {
 #if defined(__x86_64__)
+    case CPU_AMX: /* has nothing for attention */
     case CPU_AVX512:
         return &attention_kernels_avx512;
     case CPU_AVX2:

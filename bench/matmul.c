@@ -1,7 +1,7 @@
 /* matmul.c - how fast matmul() reads weights (few rows) and multiplies (many rows), beside what the
  * memory gives.
  *
- *   build/bench/matmul [n_threads [generic|avx2|avx512]]
+ *   build/bench/matmul [n_threads [generic|avx2|avx512|amx]]
  *
  * Weights rotate over copies of at least 64 MB, so a single row shows memory and not cache.  Best
  * of several rounds: neighbours on the machine only ever add time. */
@@ -68,7 +68,7 @@ int main(int argc, char **argv) {
     enum { MAX_ROWS = 256, MAX_COPIES = 4096 };
     struct team *team;
     if (team_new(&team, argc > 1 ? atoi(argv[1]) : 0)) return 1;
-    for (int isa = 0; argc > 2 && isa < 3; isa++)
+    for (int isa = 0; argc > 2 && isa <= CPU_AMX; isa++)
         if (!strcmp(argv[2], cpu_isa_name((enum cpu_isa)isa))) cpu_isa_limit((enum cpu_isa)isa);
     printf("%s, %d threads; reading 64 MB: %.1f GB/s, 256 MB: %.1f GB/s\n", cpu_isa_name(cpu_isa()),
            team_size(team), read_bandwidth(team, 64 << 20), read_bandwidth(team, 256 << 20));

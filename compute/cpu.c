@@ -5,6 +5,11 @@
 #include <stdbool.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+enum { REQUEST_PERMISSION = 0x1023 }; /* ARCH_REQ_XCOMP_PERM of asm/prctl.h, since Linux 5.16 */
+enum { TILE_DATA = 18 };              /* XFEATURE_XTILEDATA: which registers */
+enum { HAS_TILES = 1 << 24, HAS_TILES_OF_INT8 = 1 << 25 }; /* leaf 7, EDX */
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 enum { HAS_DOTPROD = 1 << 20 }; /* HWCAP_ASIMDDP of asm/hwcap.h */
@@ -17,6 +22,15 @@ static bool has_f16c(void) { /* clang 14 does not know it by name */
     unsigned eax, ebx, ecx = 0, edx;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
+
+/* Linux saves 8 KB of tiles only for processes that asked; one that cannot say yes (the system is
+ * older, or a container's filter) means that the first tile instruction would be a fault. */
+static bool has_amx(void) {
+    unsigned eax, ebx, ecx, edx = 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    if (!(edx & HAS_TILES) || !(edx & HAS_TILES_OF_INT8)) return false;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
 #endif
 
 static enum cpu_isa detect(void) {
@@ -28,7 +42,7 @@ static enum cpu_isa detect(void) {
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512vnni"))
         return CPU_AVX2;
-    return CPU_AVX512;
+    return has_amx() ? CPU_AMX : CPU_AVX512;
 #elif defined(__aarch64__) && defined(__linux__)
     return getauxval(AT_HWCAP) & HAS_DOTPROD ? CPU_DOTPROD : CPU_GENERIC;
 #else
@@ -61,6 +75,8 @@ const char *cpu_isa_name(enum cpu_isa isa) {
         return "avx2";
     case CPU_AVX512:
         return "avx512";
+    case CPU_AMX:
+        return "amx";
     case CPU_DOTPROD:
         return "dotprod";
     }

@@ -10,15 +10,17 @@ enum cpu_isa {
     CPU_GENERIC, /* what the compiler targets by default: portable C */
     CPU_AVX2,    /* AVX2, FMA, F16C */
     CPU_AVX512,  /* AVX-512 F, BW, VL, DQ, VNNI */
+    CPU_AMX,     /* that and AMX tiles of int8: matmul of many rows */
     CPU_DOTPROD, /* 64-bit Arm: NEON with the dot products of Armv8.2 */
 };
 
-/* The best family this machine offers, or the one named by cpu_isa_limit(). */
+/* The best family this machine offers, or the one named by cpu_isa_limit().  The first call asks
+ * the system for AMX's registers where the CPU has them, for all threads of the process. */
 enum cpu_isa cpu_isa(void);
 
 /* Tests and --isa: use at most this family from now on.  Call before any model is opened. */
 void cpu_isa_limit(enum cpu_isa most);
 
-const char *cpu_isa_name(enum cpu_isa isa); /* "generic", "avx2", "avx512", "dotprod" */
+const char *cpu_isa_name(enum cpu_isa isa); /* "generic", "avx2", "avx512", "amx", "dotprod" */
 
 #endif

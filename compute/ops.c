@@ -9,6 +9,8 @@
 const struct compute_kernels *compute_kernels(void) {
     switch (cpu_isa()) {
 #if defined(__x86_64__)
+    case CPU_AMX:
+        return &compute_kernels_amx;
     case CPU_AVX512:
         return &compute_kernels_avx512;
     case CPU_AVX2:

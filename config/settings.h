@@ -26,7 +26,7 @@ struct settings {
     const char *weights;        /* auto, fp32, bf16, int8, int4 */
     const char *kv_type;        /* bf16, fp32 */
     const char *chat_template;  /* family name or NULL */
-    const char *isa;            /* auto, generic, avx2, avx512 */
+    const char *isa;            /* auto, generic, avx2, avx512, amx, dotprod */
     int threads;                /* 0: all */
     int cache_size, cache_recent, cache_age; /* -1: the model's */
     int64_t max_distance, horizon;           /* -1: the model's */

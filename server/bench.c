@@ -115,7 +115,7 @@ static double read_bandwidth(struct team *team, size_t bytes) {
     struct stream s = {.fold = fold_generic, .data = (const words *)data, .n = bytes / 64};
 #if defined(__x86_64__)
     if (cpu_isa() == CPU_AVX2) s.fold = fold_avx2;
-    if (cpu_isa() == CPU_AVX512) s.fold = fold_avx512;
+    if (cpu_isa() == CPU_AVX512 || cpu_isa() == CPU_AMX) s.fold = fold_avx512;
 #endif
     double best = 0, end = now() + 0.5;
     for (int pass = 0; pass < 5 || now() < end; pass++) {
