@@ -7,6 +7,7 @@
 
 #include "compute/vec.h"
 #include <math.h>
+#include <stdbool.h>
 
 /* ---- rows whose length is no multiple of 16 ---- */
 
@@ -42,6 +43,18 @@ V_FN v16 v16i_float(v16i a) {
 V_FN v16i v16i_nibbles(v16i a, int high) {
     V_EACH a.p[i] = (v_part_i)((v_part_u)a.p[i] >> 4 * high & 0x0f0f0f0f);
     return a;
+}
+
+/* Two bf16 a lane, as fp32. */
+V_FN v16 v16i_bf16_low(v16i a) {
+    v16 r;
+    V_EACH r.p[i] = (v_part)((v_part_u)a.p[i] << 16);
+    return r;
+}
+V_FN v16 v16i_bf16_high(v16i a) {
+    v16 r;
+    V_EACH r.p[i] = (v_part)((v_part_u)a.p[i] & 0xffff0000);
+    return r;
 }
 
 /* Four bytes x of a row, the same in every lane. */
@@ -145,35 +158,57 @@ V_FN void store_tile(const struct matmul_args *a, int row, int panel, int M, v16
     }
 }
 
-V_FN void tile_floats(const struct matmul_args *a, int row, int panel, int M, size_t k_bytes) {
+/* y += x w for one k; x is its first row's. */
+V_FN void add_products(v16 y[MAX_M][2], const struct matmul_args *a, const float *x, int M, v16 w0,
+                       v16 w1) {
+    UNROLL for (int m = 0; m < M; m++) {
+        v16 xk = v16_set1(x[(size_t)m * a->x_stride]);
+        y[m][0] = v16_fma(xk, w0, y[m][0]);
+        y[m][1] = v16_fma(xk, w1, y[m][1]);
+    }
+}
+
+V_FN void tile_fp32(const struct matmul_args *a, int row, int panel, int M) {
     v16 y[MAX_M][2];
     EACH_SUM y[m][h] = v16_zero();
     const float *x = a->x + (size_t)row * a->x_stride;
     const unsigned char *w = a->w + (size_t)panel * a->panel_bytes;
-    for (int k = 0; k < a->n_in; k++, w += k_bytes) {
-        v16 w0, w1;
+    for (int k = 0; k < a->n_in; k++, w += PANEL * sizeof(float)) {
         prefetch(w);
-        if (k_bytes == PANEL * sizeof(uint16_t)) {
-            w0 = v16_load_bf16((const uint16_t *)w);
-            w1 = v16_load_bf16((const uint16_t *)w + 16);
-        } else {
-            prefetch(w + 64);
-            w0 = v16_load((const float *)w);
-            w1 = v16_load((const float *)w + 16);
-        }
-        UNROLL for (int m = 0; m < M; m++) {
-            v16 xk = v16_set1(x[(size_t)m * a->x_stride + (size_t)k]);
-            y[m][0] = v16_fma(xk, w0, y[m][0]);
-            y[m][1] = v16_fma(xk, w1, y[m][1]);
-        }
+        prefetch(w + 64);
+        add_products(y, a, x + k, M, v16_load((const float *)w), v16_load((const float *)w + 16));
     }
     store_tile(a, row, panel, M, y);
 }
-V_FN void tile_fp32(const struct matmul_args *a, int row, int panel, int M) {
-    tile_floats(a, row, panel, M, PANEL * sizeof(float));
-}
+
 V_FN void tile_bf16(const struct matmul_args *a, int row, int panel, int M) {
-    tile_floats(a, row, panel, M, PANEL * sizeof(uint16_t));
+    v16 y[MAX_M][2];
+    EACH_SUM y[m][h] = v16_zero();
+    const float *x = a->x + (size_t)row * a->x_stride;
+    const unsigned char *w = a->w + (size_t)panel * a->panel_bytes;
+    for (int k = 0; k < a->n_in; k += 2, w += 2 * PANEL * sizeof(uint16_t)) {
+        prefetch(w);
+        prefetch(w + 64);
+        v16i two0 = v16i_load(w), two1 = v16i_load(w + 64);
+        v16 low0 = v16i_bf16_low(two0), low1 = v16i_bf16_low(two1);
+        v16 high0 = v16i_bf16_high(two0), high1 = v16i_bf16_high(two1);
+        const bool last = k + 1 == a->n_in; /* of an odd number */
+        if (M <= 2 || last) {
+            add_products(y, a, x + k, M, low0, low1);
+            if (last) break;
+            add_products(y, a, x + k + 1, M, high0, high1);
+            continue;
+        }
+        /* Both at once: where sums outnumber the registers (AVX2), they come and go half as often. */
+        UNROLL for (int m = 0; m < M; m++) {
+            const float *xk = x + (size_t)m * a->x_stride + k;
+            y[m][0] = v16_fma(v16_set1(xk[0]), low0, y[m][0]);
+            y[m][1] = v16_fma(v16_set1(xk[0]), low1, y[m][1]);
+            y[m][0] = v16_fma(v16_set1(xk[1]), high0, y[m][0]);
+            y[m][1] = v16_fma(v16_set1(xk[1]), high1, y[m][1]);
+        }
+    }
+    store_tile(a, row, panel, M, y);
 }
 
 /* Products and sums of scales are unfused, so that all families give the same bits. */

@@ -3,12 +3,15 @@
  * Only compute/ calls them; everyone else uses matrix.h and ops.h.  They trust their arguments.
  *
  * Packed matrices are panels of 32 rows n of W (2 x 16 lanes), padded with zeros; a panel holds, in
- * ascending k, fp32   [n_in] { float w[32] } bf16   [n_in] { uint16 w[32] } int8   [n_blocks] {
- * uint8 q[8][32][4], fp16 s[32] }        q + 128 of k = 4 group + i int4   [n_blocks] { uint8
- * q[4][32][4], fp16 s[32], m[32] } low nibbles groups 0-3, high 4-7 all whole cache lines, read in
- * one ascending stream. Blocks are 32 k in 8 groups of 4, which is what one byte dot product
- * instruction takes.  int8 weights are stored with 128 added because that instruction multiplies
- * unsigned by signed bytes. */
+ * ascending k,
+ *   fp32  [n_in] { float w[32] }
+ *   bf16  [n_blocks][16] { uint16 w[32][2] }                two k of a column together
+ *   int8  [n_blocks] { uint8 q[8][32][4], fp16 s[32] }        q + 128 of k = 4 group + i
+ *   int4  [n_blocks] { uint8 q[4][32][4], fp16 s[32], m[32] } low nibbles groups 0-3, high 4-7
+ * all whole cache lines, read in one ascending stream. Blocks are 32 k; the last is padded.  In
+ * int8 and int4 they are 8 groups of 4, which is what one byte dot product instruction takes.
+ * int8 weights are stored with 128 added because that instruction multiplies unsigned by signed
+ * bytes. */
 #ifndef URCHIN_COMPUTE_KERNELS_H
 #define URCHIN_COMPUTE_KERNELS_H
 
@@ -65,7 +68,8 @@ const struct compute_kernels *compute_kernels(void);
 
 extern const struct compute_kernels compute_kernels_generic;
 #if defined(__x86_64__)
-extern const struct compute_kernels compute_kernels_avx2, compute_kernels_avx512, compute_kernels_amx;
+extern const struct compute_kernels compute_kernels_avx2, compute_kernels_avx512,
+    compute_kernels_amx;
 #elif defined(__aarch64__)
 extern const struct compute_kernels compute_kernels_dotprod;
 #endif

@@ -54,7 +54,7 @@ enum err matrix_new(struct matrix **out, enum weight_type type, int n_out, int n
         w->panel_bytes = (size_t)n_in * PANEL * sizeof(float);
         break;
     case WEIGHT_BF16:
-        w->panel_bytes = (size_t)n_in * PANEL * sizeof(uint16_t);
+        w->panel_bytes = (size_t)w->n_blocks * BLOCK * PANEL * sizeof(uint16_t);
         break;
     case WEIGHT_INT8:
         w->panel_bytes = (size_t)w->n_blocks * INT8_BLOCK_BYTES;
@@ -158,6 +158,11 @@ static struct int4_grid int4_quantise(uint8_t q[BLOCK], const float *w, int n) {
     return grid;
 }
 
+/* Where k of a column is in a panel of bf16. */
+static size_t bf16_at(int k, int column) {
+    return (size_t)(k / 2) * PANEL * 2 + (size_t)column * 2 + (size_t)(k % 2);
+}
+
 static void set_row(struct matrix *m, int n, const float *w) {
     unsigned char *panel = m->data + (size_t)(n / PANEL) * m->panel_bytes;
     int column = n % PANEL;
@@ -168,7 +173,7 @@ static void set_row(struct matrix *m, int n, const float *w) {
         break;
     case WEIGHT_BF16:
         for (int k = 0; k < m->n_in; k++)
-            ((uint16_t *)panel)[(size_t)k * PANEL + (size_t)column] = bf16_round(w[k]);
+            ((uint16_t *)panel)[bf16_at(k, column)] = bf16_round(w[k]);
         break;
     case WEIGHT_INT8:
         for (int b = 0; b < m->n_blocks; b++, panel += INT8_BLOCK_BYTES) {
@@ -243,17 +248,16 @@ static void get_blocks(const struct matrix *m, int n, float *out) {
 
 void matrix_get_row(const struct matrix *m, int n, float *out) {
     assert(n >= 0 && n < m->n_out);
-    size_t panel = (size_t)(n / PANEL) * m->panel_bytes, column = (size_t)(n % PANEL);
-    const float *fp32 = (const float *)(m->data + panel) + column;
-    const uint16_t *bf16 = (const uint16_t *)(m->data + panel) + column;
+    const unsigned char *panel = m->data + (size_t)(n / PANEL) * m->panel_bytes;
+    int column = n % PANEL;
     switch (m->type) {
     case WEIGHT_FP32:
         for (int k = 0; k < m->n_in; k++)
-            out[k] = fp32[(size_t)k * PANEL];
+            out[k] = ((const float *)panel)[(size_t)k * PANEL + (size_t)column];
         break;
     case WEIGHT_BF16:
         for (int k = 0; k < m->n_in; k++)
-            out[k] = bf16_float(bf16[(size_t)k * PANEL]);
+            out[k] = bf16_float(((const uint16_t *)panel)[bf16_at(k, column)]);
         break;
     case WEIGHT_INT8:
     case WEIGHT_INT4:
