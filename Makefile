@@ -30,7 +30,7 @@ ISA_generic = -DISA=generic
 ISA_avx2    = -DISA=avx2 -mavx2 -mfma -mf16c
 ISA_avx512  = -DISA=avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c -mprefer-vector-width=512
 # AVX-512 and AMX tiles.  For the tests of any machine: the same kernels in portable C, over tile instructions in C.
-ISA_amx     = -DAMX $(subst ISA=avx512,ISA=amx,$(ISA_avx512)) -mamx-tile -mamx-int8
+ISA_amx     = -DAMX $(subst ISA=avx512,ISA=amx,$(ISA_avx512)) -mamx-tile -mamx-int8 -mamx-bf16
 ISA_amx_model = -DAMX -DAMX_MODEL -DISA=amx_model
 ISA_dotprod = -DISA=dotprod -march=armv8.2-a+dotprod
 # No contraction: which products and sums are fused is written out (v16_fma), or bits depend on the compiler.

@@ -1,4 +1,5 @@
-/* amx.h - the tile instructions that amx_matmul.h uses: Intel's AMX-TILE and AMX-INT8.
+/* amx.h - the tile instructions that amx_matmul.h and amx_bf16.h use: Intel's AMX-TILE, AMX-INT8
+ * and AMX-BF16.
  *
  * Written as assembly and not with the compiler's intrinsics, because those of gcc 12 do not say
  * what memory they read: stores to a buffer that a tile is loaded from may be moved behind the
@@ -54,6 +55,10 @@ TILE_FN void tile_store(int tile, void *dst, size_t stride) {
 /* c[m][n] += the sum over k and i < 4 of a[m][4 k + i] b[k][4 n + i]:  signed bytes, int32 sums. */
 TILE_FN void tile_dot(int c, int a, int b) {
     __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+}
+/* The same over i < 2 with bf16 and fp32 sums, in an order that amx_model.h spells out. */
+TILE_FN void tile_dot_bf16(int c, int a, int b) {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
 }
 #endif
 

@@ -34,11 +34,7 @@
  * - L1 (48 KB on every such machine) holds all: 16 KB of sums, 10 KB of weights, 4 KB of x.
  * Products two by two would save loads of tiles, which are not the bound.
  *
- * With less than 16 rows vectors are as fast as memory, and tiles would be half empty.  bf16
- * weights stay with AVX-512: TDPBF16PS multiplies bf16 by bf16, while our x is fp32.  Three bf16
- * parts of x, 8 bits of its 24 each, would keep every product exact at a third of the rate
- * (matrix.h could promise what it promises now), but a row alone must then go the same way, and
- * that decode is no slower for it has to be seen first. */
+ * With less than 16 rows vectors are as fast as memory, and tiles would be half empty. */
 #ifndef URCHIN_COMPUTE_AMX_MATMUL_H
 #define URCHIN_COMPUTE_AMX_MATMUL_H
 

@@ -56,13 +56,18 @@ static inline void tile_store(int tile, void *dst, size_t stride) {
         memcpy((char *)dst + r * stride, tiles.data[tile][r], tiles.config.row_bytes[tile]);
 }
 
-/* TDPBSSD.  Sums wrap around, as the processor's do. */
-static inline void tile_dot(int c, int a, int b) {
+static inline void tile_check_product(int c, int a, int b) {
     const struct tile_config *t = &tiles.config;
     tile_check(a), tile_check(b), tile_check(c);
     assert(a != b && b != c && c != a);
     assert(t->rows[c] == t->rows[a] && t->row_bytes[c] == t->row_bytes[b]);
     assert(t->row_bytes[a] == 4 * t->rows[b] && t->row_bytes[c] % 4 == 0);
+}
+
+/* TDPBSSD.  Sums wrap around, as the processor's do. */
+static inline void tile_dot(int c, int a, int b) {
+    const struct tile_config *t = &tiles.config;
+    tile_check_product(c, a, b);
     for (int m = 0; m < t->rows[c]; m++)
         for (int n = 0; n < t->row_bytes[c] / 4; n++) {
             uint32_t sum;
@@ -71,6 +76,38 @@ static inline void tile_dot(int c, int a, int b) {
                 for (int i = 0; i < 4; i++)
                     sum += (uint32_t)((int8_t)tiles.data[a][m][4 * k + i] *
                                       (int8_t)tiles.data[b][k][4 * n + i]);
+            memcpy(&tiles.data[c][m][4 * n], &sum, 4);
+        }
+}
+
+static inline float tile_flush(float x) { /* what is below the normal numbers is 0 */
+    return x > -0x1p-126f && x < 0x1p-126f ? 0 * x : x;
+}
+static inline float tile_element(const uint8_t *at) {
+    uint16_t high;
+    memcpy(&high, at, 2);
+    uint32_t bits = (uint32_t)high << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return tile_flush(x);
+}
+
+/* TDPBF16PS: the even k of a tile in one fused sum and the odd in another, both from 0; c takes the
+ * sum of the two.  (A product of two bf16 is exact in fp32, so product and sum round once here too;
+ * only where a product alone would overflow is a fused one another.) */
+static inline void tile_dot_bf16(int c, int a, int b) {
+    const struct tile_config *t = &tiles.config;
+    tile_check_product(c, a, b);
+    for (int m = 0; m < t->rows[c]; m++)
+        for (int n = 0; n < t->row_bytes[c] / 4; n++) {
+            float even = 0, odd = 0, sum;
+            for (int k = 0; k < t->rows[b]; k++) {
+                const uint8_t *x = &tiles.data[a][m][4 * k], *w = &tiles.data[b][k][4 * n];
+                even = tile_flush(even + tile_element(x) * tile_element(w));
+                odd = tile_flush(odd + tile_element(x + 2) * tile_element(w + 2));
+            }
+            memcpy(&sum, &tiles.data[c][m][4 * n], 4);
+            sum = tile_flush(tile_flush(sum) + tile_flush(even + odd));
             memcpy(&tiles.data[c][m][4 * n], &sum, 4);
         }
 }

@@ -9,7 +9,7 @@
 #include <unistd.h>
 enum { REQUEST_PERMISSION = 0x1023 }; /* ARCH_REQ_XCOMP_PERM of asm/prctl.h, since Linux 5.16 */
 enum { TILE_DATA = 18 };              /* XFEATURE_XTILEDATA: which registers */
-enum { HAS_TILES = 1 << 24, HAS_TILES_OF_INT8 = 1 << 25 }; /* leaf 7, EDX */
+enum { HAS_AMX = 1 << 22 | 1 << 24 | 1 << 25 }; /* leaf 7, EDX: products of bf16, tiles, of int8 */
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 enum { HAS_DOTPROD = 1 << 20 }; /* HWCAP_ASIMDDP of asm/hwcap.h */
@@ -28,7 +28,7 @@ static bool has_f16c(void) { /* clang 14 does not know it by name */
 static bool has_amx(void) {
     unsigned eax, ebx, ecx, edx = 0;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-    if (!(edx & HAS_TILES) || !(edx & HAS_TILES_OF_INT8)) return false;
+    if ((edx & HAS_AMX) != HAS_AMX) return false;
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 #endif

@@ -10,7 +10,7 @@ enum cpu_isa {
     CPU_GENERIC, /* what the compiler targets by default: portable C */
     CPU_AVX2,    /* AVX2, FMA, F16C */
     CPU_AVX512,  /* AVX-512 F, BW, VL, DQ, VNNI */
-    CPU_AMX,     /* that and AMX tiles of int8: matmul of many rows */
+    CPU_AMX,     /* that and AMX tiles, int8 and bf16: matmul */
     CPU_DOTPROD, /* 64-bit Arm: NEON with the dot products of Armv8.2 */
 };
 

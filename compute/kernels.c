@@ -1,5 +1,5 @@
 /* kernels.c - the vector loops of compute/, built once per instruction family (ISA=generic, avx2,
- * avx512, dotprod; ISA=amx is AVX-512 and, with AMX defined, amx_matmul.h).
+ * avx512, dotprod; ISA=amx is AVX-512 and, with AMX defined, amx_*.h).
  *
  * Every y[m][n] is one lane's sum over ascending k, whatever tile of rows and panels it is computed
  * in, so tile shapes are free to differ between families and row counts. */
@@ -319,11 +319,14 @@ V_FN int rows_at_once(int left, int most) { /* 8, 4, 2 or 1 */
             }                                                                                      \
     }
 MATMUL(fp32, FLOATS_TALL)
+#if !defined(AMX)
 MATMUL(bf16, FLOATS_TALL)
+#endif
 MATMUL(int8, INTEGERS_TALL)
 MATMUL(int4, INTEGERS_TALL)
 
 #if defined(AMX)
+#include "compute/amx_bf16.h"
 #include "compute/amx_matmul.h"
 #endif
 
@@ -443,7 +446,8 @@ static void add_to(float *y, const float *x, int n) {
 #define NAME(isa) NAME_OF(isa)
 const struct compute_kernels NAME(ISA) = {
 #if defined(AMX)
-    .matmul = {matmul_fp32, matmul_bf16, matmul_int8_amx, matmul_int4_amx},
+    .matmul = {matmul_fp32, matmul_bf16_amx, matmul_int8_amx, matmul_int4_amx},
+    .split_row = split_row,
 #else
     .matmul = {matmul_fp32, matmul_bf16, matmul_int8, matmul_int4},
 #endif

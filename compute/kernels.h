@@ -36,12 +36,17 @@ struct quantised_rows {
     float *scaled_sum; /* [rows][n_blocks]: scale sum(q), for the minima of int4 */
 };
 
+/* Where a family has split_row, it multiplies bf16 weights by three bf16 parts of x whose sum is x
+ * (amx_bf16.h), and takes rows five at a time. */
+enum { SPLIT_PARTS = 3, SPLIT_GROUP = 5 };
+
 struct matmul_args {
     float *y;
     size_t y_stride;
     const float *x; /* fp32, bf16 */
     size_t x_stride;
     struct quantised_rows xq; /* int8, int4 */
+    const uint16_t *x_parts;  /* bf16 of split_row: [n_rows, up to whole groups][3][n_blocks][32] */
     int n_rows, n_in, n_out, n_blocks;
     const unsigned char *w;
     size_t panel_bytes;
@@ -54,6 +59,7 @@ typedef void matmul_kernel(const struct matmul_args *args, int first_panel, int 
 struct compute_kernels {
     matmul_kernel *matmul[4]; /* by enum weight_type */
     void (*quantise_row)(const struct quantised_rows *out, int row, const float *x, int n_in);
+    void (*split_row)(uint16_t *parts, int row, const float *x, int n_in); /* or NULL */
     /* ops.h */
     void (*rms_norm)(float *y, const float *x, const float *weight, int n, float eps);
     void (*layer_norm)(float *y, const float *x, const float *weight, const float *bias, int n,

@@ -1,4 +1,4 @@
-/* matrix.c - packing weights, quantising activations, and splitting matmul over the team. */
+/* matrix.c - packing weights, preparing activations, and splitting matmul over the team. */
 #include "compute/matrix.h"
 
 #include "compute/kernels.h"
@@ -271,23 +271,29 @@ void matrix_get_row(const struct matrix *m, int n, float *out) {
 struct matmul_scratch {
     int max_rows, max_n_in;
     struct quantised_rows rows; /* q owned; the others are in the same block */
+    uint16_t *parts;            /* the same block, for bf16; NULL: the kernels split no rows */
     size_t bytes;
 };
 
 enum err matmul_scratch_new(struct matmul_scratch **out, int max_rows, int max_n_in) {
     if (max_rows < 1 || max_n_in < 1 || max_n_in > INT_MAX - BLOCK) return ERR_ARG;
-    size_t blocks = (size_t)max_rows * (((size_t)max_n_in + BLOCK - 1) / BLOCK);
+    size_t row_blocks = ((size_t)max_n_in + BLOCK - 1) / BLOCK;
+    size_t blocks = (size_t)max_rows * row_blocks;
     struct matmul_scratch *s = calloc(1, sizeof *s);
     if (!s) return ERR_NOMEM;
     size_t q = round_up(blocks * BLOCK, 64), each = round_up(blocks * sizeof(float), 64);
     s->max_rows = max_rows;
     s->max_n_in = max_n_in;
     s->bytes = q + 3 * each;
+    const bool splits = compute_kernels()->split_row != NULL;
+    size_t parts = (blocks + (SPLIT_GROUP - 1) * row_blocks) * BLOCK * SPLIT_PARTS * sizeof(uint16_t);
+    if (splits && s->bytes < parts) s->bytes = parts;
     unsigned char *p = memory_map(s->bytes);
     if (!p) {
         free(s);
         return ERR_NOMEM;
     }
+    if (splits) s->parts = (uint16_t *)p;
     s->rows.q = (int8_t *)p;
     s->rows.scale = (float *)(p + q);
     s->rows.offset = (int32_t *)(p + q + each);
@@ -304,7 +310,7 @@ void matmul_scratch_free(struct matmul_scratch *s) {
 
 /* Below these a second thread costs more than it saves (a fork and join takes about 0.5 us). */
 enum {
-    QUANTISE_ALONE = 16 << 10,  /* values */
+    PREPARE_ALONE = 16 << 10,   /* values */
     MULTIPLY_ALONE = 256 << 10, /* multiplications */
 };
 
@@ -313,6 +319,7 @@ struct job {
     struct matmul_args args;
     enum weight_type type;
     int n_panels;
+    uint16_t *parts; /* or NULL: rows are quantised */
 };
 
 /* Thread t of n gets [t total / n, (t + 1) total / n). */
@@ -320,12 +327,17 @@ static int share(int total, int thread, int n_threads) {
     return (int)((int64_t)total * thread / n_threads);
 }
 
-static void quantise(void *arg, int thread, int n_threads) {
+static void prepare_rows(void *arg, int thread, int n_threads) {
     const struct job *job = arg;
     const struct matmul_args *a = &job->args;
     int end = share(a->n_rows, thread + 1, n_threads);
-    for (int row = share(a->n_rows, thread, n_threads); row < end; row++)
-        job->kernels->quantise_row(&a->xq, row, a->x + (size_t)row * a->x_stride, a->n_in);
+    for (int row = share(a->n_rows, thread, n_threads); row < end; row++) {
+        const float *x = a->x + (size_t)row * a->x_stride;
+        if (job->parts)
+            job->kernels->split_row(job->parts, row, x, a->n_in);
+        else
+            job->kernels->quantise_row(&a->xq, row, x, a->n_in);
+    }
 }
 
 static void multiply(void *arg, int thread, int n_threads) {
@@ -358,11 +370,14 @@ void matmul(struct team *team, struct matmul_scratch *scratch, float *y, size_t 
                  .bias = bias},
     };
     int64_t values = (int64_t)n_rows * w->n_in;
-    if (w->type == WEIGHT_INT8 || w->type == WEIGHT_INT4) {
-        if (values <= QUANTISE_ALONE)
-            quantise(&job, 0, 1);
+    const bool split = w->type == WEIGHT_BF16 && job.kernels->split_row;
+    assert(!split || scratch->parts);
+    if (split) job.args.x_parts = job.parts = scratch->parts;
+    if (w->type == WEIGHT_INT8 || w->type == WEIGHT_INT4 || split) {
+        if (values <= PREPARE_ALONE)
+            prepare_rows(&job, 0, 1);
         else
-            team_run(team, quantise, &job);
+            team_run(team, prepare_rows, &job);
     }
     if (values * w->n_out <= MULTIPLY_ALONE)
         multiply(&job, 0, 1);

@@ -4,7 +4,8 @@
  *
  * Formats (blocks of 32 consecutive k of one row n share a scale; a short last block is padded):
  *   fp32   as given
- *   bf16   rounded to nearest even; x stays fp32, products and sums are fp32
+ *   bf16   rounded to nearest even; x stays fp32, products and sums are fp32 (with AMX x is taken in three
+ *          bf16 parts that add up to it, and sums have another order)
  *   int8   W = s q, q in [-127, 127], s fp16 = absmax / 127; x is quantised the same way per row and block
  *          (scale fp32), block sums are exact integers, blocks are added in fp32 in ascending k
  *   int4   W = s q + m, q in [0, 15], s and m fp16 (GGUF's Q4_1; Q4_0 is the case m = -8 s); x as for int8

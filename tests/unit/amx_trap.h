@@ -65,6 +65,8 @@ static int amx_trap_do(const ucontext_t *context, const uint8_t *ip) {
         tile_store(reg, memory, stride);
     else if (opcode == 0x5e && prefix == 3 && mod == 3)
         tile_dot(reg, rm, third);
+    else if (opcode == 0x5c && prefix == 2 && mod == 3)
+        tile_dot_bf16(reg, rm, third);
     else
         return 0;
     return length;

@@ -1,4 +1,4 @@
-/* test_compute_amx.c - the matmul of amx_matmul.h beside the generic family:
+/* test_compute_amx.c - the matmuls of amx_matmul.h and amx_bf16.h beside the generic family:
  *   built with AMX_MODEL, its tile instructions in C, on any machine;
  *   as it is shipped, on a CPU with AVX-512; one without AMX has its instructions done by
  * amx_trap.h. */
@@ -6,8 +6,9 @@
 #include "compute/kernels.h"
 
 extern const struct compute_kernels compute_kernels_amx_model;
-#if defined(__x86_64__)
 #define AMX_MODEL
+#include "compute/amx.h"
+#if defined(__x86_64__)
 #include "tests/unit/amx_trap.h"
 #endif
 
@@ -39,7 +40,7 @@ static int test_what_is_shipped(void **state) {
     return 0;
 }
 
-static const enum weight_type types[] = {WEIGHT_INT8, WEIGHT_INT4};
+static const enum weight_type types[] = {WEIGHT_INT8, WEIGHT_INT4}; /* same bits everywhere */
 
 static uint64_t rng_state = 1;
 static float uniform(void) { /* [-1, 1) */
@@ -79,8 +80,8 @@ static void multiply_with(const struct compute_kernels *kernels, struct team *te
                           int y_stride, const float *x, int n_rows, const struct matrix *w,
                           const float *bias) {
     struct matmul_scratch *scratch = NULL;
-    assert_int_equal(matmul_scratch_new(&scratch, n_rows, w->n_in), OK);
     table = kernels;
+    assert_int_equal(matmul_scratch_new(&scratch, n_rows, w->n_in), OK);
 #if defined(__x86_64__)
     const bool trap = kernels == &compute_kernels_amx && cpu_isa() == CPU_AVX512;
     if (trap) {
@@ -174,8 +175,105 @@ static void test_extreme_blocks_give_the_bits_of_portable_c(void **state) {
     free(w), free(x);
 }
 
-/* A NaN or infinity in a row of x reaches that row's outputs and no other row's; of W, that column.
- */
+/* Of x nothing is lost, so the bound is that of fp32 sums, as in test_compute_matmul.c: with few k
+ * it notices that the low part of x is missing. */
+static void test_bf16_is_the_sum_of_products(void **state) {
+    (void)state;
+    if (!tested) skip();
+    enum { MOST_ROWS = 16, MOST_OUT = 100, MOST_IN = 300 };
+    static const int shapes[][3] = {{1, 1, 1},    {1, 33, 2},   {5, 16, 31},  {6, 17, 32},
+                                    {10, 32, 33}, {11, 64, 65}, {16, 31, 96}, {4, 100, 300}};
+    float *w = uniforms(MOST_OUT * MOST_IN), *x = uniforms(MOST_ROWS * MOST_IN);
+    float *bias = uniforms(MOST_OUT), row[MOST_IN];
+    struct team *team = NULL;
+    assert_int_equal(team_new(&team, 2), OK);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const int n_rows = shapes[i][0], n_out = shapes[i][1], n_in = shapes[i][2];
+        struct matrix *m = pack(WEIGHT_BF16, n_out, n_in, w);
+        float *y = nans((size_t)n_rows * (size_t)n_out);
+        const float *b = i % 2 ? bias : NULL;
+        multiply_with(tested, team, y, n_out, x, n_rows, m, b);
+        for (int n = 0; n < n_out; n++) {
+            matrix_get_row(m, n, row);
+            for (int r = 0; r < n_rows; r++) {
+                double sum = b ? (double)b[n] : 0, size = fabs(sum), got = y[r * n_out + n];
+                for (int k = 0; k < n_in; k++) {
+                    sum += (double)x[r * n_in + k] * (double)row[k];
+                    size += fabs((double)x[r * n_in + k] * (double)row[k]);
+                }
+                if (!(fabs(got - sum) <= 2 * (n_in + 8) * 0x1p-24 * size))
+                    fail_msg("%dx%dx%d row %d column %d: %.9g, not %.9g", n_rows, n_out, n_in, r, n,
+                             got, sum);
+            }
+        }
+        matrix_free(m);
+        free(y);
+    }
+    team_free(team);
+    free(w), free(x), free(bias);
+}
+
+/* What is shipped and the model give the same bits as well: both have the model's sums. */
+static void test_a_bf16_row_has_its_bits_in_any_batch(void **state) {
+    (void)state;
+    if (!tested) skip();
+    enum { ROWS = 23, N_OUT = 150, N_IN = 140, STRIDE = N_OUT + 3 };
+    float *w = uniforms(N_OUT * N_IN), *x = uniforms(ROWS * N_IN), *bias = uniforms(N_OUT);
+    float *alone = nans(ROWS * N_OUT);
+    struct matrix *m = pack(WEIGHT_BF16, N_OUT, N_IN, w);
+    struct team *team = NULL;
+    assert_int_equal(team_new(&team, 3), OK);
+    for (int r = 0; r < ROWS; r++)
+        multiply_with(&compute_kernels_amx_model, team, alone + r * N_OUT, N_OUT, x + r * N_IN, 1,
+                      m, bias);
+    for (int rows = 1; rows <= ROWS; rows++) {
+        int first = ROWS - rows; /* so that rows change their place */
+        float *y = nans((size_t)rows * STRIDE);
+        multiply_with(tested, team, y, STRIDE, x + first * N_IN, rows, m, bias);
+        for (int r = 0; r < rows; r++) {
+            assert_memory_equal(y + r * STRIDE, alone + (first + r) * N_OUT, N_OUT * sizeof *y);
+            for (int gap = N_OUT; gap < STRIDE; gap++)
+                assert_true(isnan(y[r * STRIDE + gap]));
+        }
+        free(y);
+    }
+    matrix_free(m);
+    team_free(team);
+    free(w), free(x), free(bias), free(alone);
+}
+
+/* The order of sums of a tile of bf16, where it shows: even and odd k apart, each from 0, and
+ * numbers below the normal ones are 0. */
+static void test_the_model_sums_bf16_in_the_order_of_the_manual(void **state) {
+    (void)state;
+    static const struct tile_config config = {
+        .palette = 1, .row_bytes = {4, 8, 4}, .rows = {1, 1, 2}};
+    const float w[4] = {0x1p24f, 1, 1, -1}, small[4] = {0x1p-126f, 0x1p-127f, 0, 0};
+    uint16_t a[4], b[4];
+    float sum = 0;
+    tiles_configure(&config);
+    for (int k = 0; k < 4; k++)
+        a[k] = bf16_round(1), b[k] = bf16_round(w[k]);
+    tile_load(1, a, 8), tile_load(2, b, 4), tile_zero(0);
+    tile_dot_bf16(0, 1, 2);
+    tile_store(0, &sum, 4);
+    assert_true(sum == 0x1p24f); /* (2^24 + 1) + (1 - 1), not ((2^24 + 1) + 1) - 1 */
+    sum = -0x1p24f;
+    tile_load(0, &sum, 4);
+    tile_dot_bf16(0, 1, 2);
+    tile_store(0, &sum, 4);
+    assert_true(sum == 0);
+    for (int k = 0; k < 4; k++)
+        b[k] = bf16_round(small[k]);
+    tile_load(2, b, 4), tile_zero(0);
+    tile_dot_bf16(0, 1, 2);
+    tile_store(0, &sum, 4);
+    assert_true(sum == 0x1p-126f);
+    tiles_release();
+}
+
+/* A NaN or infinity in a row of x reaches that row's outputs and no other row's, nor those of the
+ * row before, right behind whose last block it lies; of W, that column. */
 static void test_not_a_number_stays_in_its_row_and_column(void **state) {
     (void)state;
     if (!tested) skip();
@@ -183,10 +281,11 @@ static void test_not_a_number_stays_in_its_row_and_column(void **state) {
     float *w = uniforms(N_OUT * N_IN), *x = uniforms(ROWS * N_IN), *y = nans(ROWS * N_OUT);
     struct team *team = NULL;
     assert_int_equal(team_new(&team, 1), OK);
-    for (size_t t = 0; t < sizeof types / sizeof *types; t++)
+    static const enum weight_type all[] = {WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4};
+    for (size_t t = 0; t < sizeof all / sizeof *all; t++)
         for (int bad = 0; bad < 2; bad++) {
-            x[ROW * N_IN + 140] = w[COLUMN * N_IN + 3] = bad ? INFINITY : NAN;
-            struct matrix *m = pack(types[t], N_OUT, N_IN, w);
+            x[ROW * N_IN + 5] = w[COLUMN * N_IN + 3] = bad ? INFINITY : NAN;
+            struct matrix *m = pack(all[t], N_OUT, N_IN, w);
             multiply_with(tested, team, y, N_OUT, x, ROWS, m, NULL);
             for (int r = 0; r < ROWS; r++)
                 for (int n = 0; n < N_OUT; n++)
@@ -203,9 +302,14 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         OF(test_tiles_give_the_bits_of_portable_c, the_model),
         OF(test_extreme_blocks_give_the_bits_of_portable_c, the_model),
+        OF(test_bf16_is_the_sum_of_products, the_model),
+        OF(test_a_bf16_row_has_its_bits_in_any_batch, the_model),
         OF(test_not_a_number_stays_in_its_row_and_column, the_model),
+        cmocka_unit_test(test_the_model_sums_bf16_in_the_order_of_the_manual),
         OF(test_tiles_give_the_bits_of_portable_c, what_is_shipped),
         OF(test_extreme_blocks_give_the_bits_of_portable_c, what_is_shipped),
+        OF(test_bf16_is_the_sum_of_products, what_is_shipped),
+        OF(test_a_bf16_row_has_its_bits_in_any_batch, what_is_shipped),
         OF(test_not_a_number_stays_in_its_row_and_column, what_is_shipped),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
