@@ -154,7 +154,7 @@ static struct attention_config canonical(const struct attention_config *config, 
 
 /* ---- new and free ---- */
 
-static const struct attention_kernels *choose_kernels(void) {
+const struct attention_kernels *attention_kernels_chosen(void) {
     switch (cpu_isa()) {
 #if defined(__x86_64__)
     case CPU_AMX: /* has nothing for attention */
@@ -280,7 +280,7 @@ enum err attention_new(struct attention **out, const struct attention_config *co
     a->n_layers = n_layers;
     a->rope = rope;
     a->team = team;
-    a->kernels = choose_kernels();
+    a->kernels = attention_kernels_chosen();
     a->max_rows = max_rows;
     a->max_runs = max_runs;
     init_shape(a);

@@ -116,6 +116,13 @@ static void product(float *y, size_t y_row, bool add, struct operand a, int n_ro
     }
 }
 
+static void plain_product(float *y, size_t y_row, bool add, const float *a, size_t a_row,
+                          size_t a_step, int n_rows, const float *b, size_t b_row, int n,
+                          int n_vecs) {
+    product(y, y_row, add, (struct operand){a, a_row, a_step}, n_rows,
+            (struct panel){b, KV_FP32, b_row, TILE}, n, n_vecs);
+}
+
 /* ---- small helpers over lanes ---- */
 
 static v16 load_first(const float *x, int n, float rest) { /* lanes from n on are rest */
@@ -526,6 +533,7 @@ const struct attention_kernels TABLE_OF(ISA) = {
     .scale = scale,
     .self_recall = self_recall,
     .keep_largest = keep_largest,
+    .product = plain_product,
     .rotate = rotate,
     .write_key = write_key,
     .read_key = read_key,

@@ -103,6 +103,11 @@ struct attention_kernels {
      * Overwrites the scores of those that were. */
     void (*keep_largest)(bool *keep, double *score, int n, int count);
 
+    /* The product itself, for who trains maps: y[r][0 .. 16 n_vecs) (+)= sum_{i < n} a[r a_row + i a_step] b[i b_row ..],
+     * i ascending, one fused multiply-add each.  y and b in rows of y_row and b_row floats. */
+    void (*product)(float *y, size_t y_row, bool add, const float *a, size_t a_row, size_t a_step,
+                    int n_rows, const float *b, size_t b_row, int n, int n_vecs);
+
     void (*rotate)(float *y, const float *x, const float *cosines, const float *sines,
                    int head_dim);
 
@@ -113,6 +118,8 @@ struct attention_kernels {
     void (*write_value)(const struct shape *shape, void *values, int entry, const float *v);
     void (*read_value)(const struct shape *shape, float *v, const void *values, int entry);
 };
+
+const struct attention_kernels *attention_kernels_chosen(void); /* by cpu_isa() */
 
 extern const struct attention_kernels attention_kernels_generic;
 #if defined(__x86_64__)

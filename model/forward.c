@@ -111,6 +111,12 @@ void model_set_profile(struct model *m, struct model_profile *profile) {
     m->profile = profile;
 }
 
+void model_set_tap(struct model *m, void (*fn)(void *arg, int layer, const float *qkv, int n_rows),
+                   void *arg) {
+    m->tap = fn;
+    m->tap_arg = arg;
+}
+
 /* ---- the step ---- */
 /* Checks the runs against every bound and lays out rows; nothing but scratch is written. */
 static enum err lay_out(struct model *m, const struct model_run *runs, int n_runs, int *n_rows_out,
@@ -189,6 +195,7 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
         bool last = i + 1 == c->n_layers;
         matmul(m->team, m->scratch, m->qkv, qkv, m->normed, hidden, n_rows, l->qkv, l->qkv_bias);
         product_took(m, OP_QKV, l->qkv, n_rows);
+        if (m->tap) m->tap(m->tap_arg, i, m->qkv, n_rows);
         attention_layer(m->attention, i, m->y, q, m->qkv, qkv, m->qkv + q, qkv, m->qkv + q + kv,
                         qkv);
         if (last) n_rows = keep_logit_rows(m, n_logits);

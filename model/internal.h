@@ -22,6 +22,8 @@ struct model {
     struct attention *attention;
     struct team *team;     /* borrowed */
     struct model_profile *profile; /* borrowed or NULL */
+    void (*tap)(void *arg, int layer, const float *qkv, int n_rows); /* or NULL */
+    void *tap_arg;
     double profiled_at;            /* seconds: up to here time has been given to an operation */
     struct gpu_model *gpu; /* NULL: the CPU runs the model; else slots and all buffers of a step but runs are its own */
 

@@ -505,6 +505,9 @@ static void *slot_at(const struct model *m, int slot) {
 struct attention *model_attention(struct model *m) {
     return m->attention;
 }
+const struct rope *model_rope(const struct model *m) {
+    return m->rope;
+}
 void *model_slot(struct model *m, int slot) {
     return m->gpu ? NULL : slot_at(m, slot);
 }

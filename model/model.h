@@ -95,6 +95,11 @@ struct model_profile { /* sums over steps, all layers together */
 };
 void model_set_profile(struct model *m, struct model_profile *profile); /* borrowed; added to by every step; NULL: off */
 
+/* ---- looking over its shoulder (the CPU's steps): what a teacher's layers attend with ---- */
+/* fn is called from model_step once a layer, before its attention: qkv [n_rows][(n_heads + 2 n_kv_heads) head_dim], the rows of
+ * the step in order, q, k and v of each before RoPE; borrowed for the call.  NULL: off. */
+void model_set_tap(struct model *m, void (*fn)(void *arg, int layer, const float *qkv, int n_rows), void *arg);
+
 /* ---- draws on the device, where the model can ---- */
 bool model_draws(const struct model *m); /* on a GPU; the three functions below are for such models only */
 
@@ -116,6 +121,7 @@ enum err model_step_draw(struct model *m, const struct model_run *runs, int n_ru
 /* Evaluation and tests, between steps: see attention.h.  For loading golden cache sets and ablations.  On a GPU model_attention is
  * the twin that holds configuration and layout, and model_slot is NULL. */
 struct attention *model_attention(struct model *m);
+const struct rope *model_rope(const struct model *m); /* NULL: the architecture has none */
 void *model_slot(struct model *m, int slot); /* the slot's block, for attention_* calls */
 
 #endif

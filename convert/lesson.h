@@ -1,0 +1,26 @@
+/* lesson.h - what a teacher's layers attended with while it read: q of sampled rows, all k and v.
+ *
+ * A lesson is a pack of documents (or pieces of documents), each read from position 0 by itself: no
+ * row sees a key of another document. */
+#ifndef URCHIN_CONVERT_LESSON_H
+#define URCHIN_CONVERT_LESSON_H
+
+#include "attention/attention.h"
+
+struct lesson {
+    int n_tokens, n_documents, n_rows;
+    const int *first; /* [n_documents + 1]: document d is tokens first[d] .. first[d + 1] - 1 */
+    const int *rows;  /* [n_rows] tokens, ascending: the query rows */
+    const float *kv;  /* [n_layers][n_tokens][2 n_kv_heads D]: k, then v, before RoPE */
+    const float *q;   /* [n_layers][n_rows][n_heads D] before RoPE */
+    const float *cosines, *sines; /* [longest document][D / 2] of positions; NULL: no RoPE */
+    const float *far_cosines, *far_sines; /* [D / 2] of max_distance, where it is set */
+};
+
+/* Keys of the row at this position: sinks 0 .. *sinks - 1 and *from .. position are exact, *sinks
+ * .. *from - 1 linear.  (The recall cache takes no part in attention transfer, nor does the
+ * horizon: conversion.md 2.)  Returns the number of linear keys. */
+int64_t lesson_linear_keys(const struct attention_config *c, int64_t position, int *sinks,
+                           int64_t *from);
+
+#endif
