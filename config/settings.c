@@ -22,7 +22,8 @@ enum { /* which commands know a setting */
        INFO = 1 << COMMAND_INFO,
        EVAL = 1 << COMMAND_EVAL,
        BENCH = 1 << COMMAND_BENCH,
-       ALL = SERVE | RUN | INFO | EVAL | BENCH,
+       CONVERT = 1 << COMMAND_CONVERT,
+       ALL = SERVE | RUN | INFO | EVAL | BENCH | CONVERT,
 };
 
 struct row {
@@ -41,15 +42,16 @@ static const double BIG = 1e15; /* tokens: more than anyone will read, far from 
 #define AT(field) offsetof(struct settings, field)
 #define KIB 1024.0
 
-static const char *const command_names[] = {"serve", "run", "info", "eval", "bench"};
+static const char *const command_names[] = {"serve", "run", "info", "eval", "bench", "convert"};
 static const char *const command_help[] = {
     "serve a model over HTTP with OpenAI's API",
     "print a streamed answer, or chat on the terminal",
     "print a model's architecture, attention, slot size and capacity",
     "measure quality: perplexity, agreement with another model, recall",
     "measure speed: prefill and decode by depth and batch",
+    "teach a softmax model Hedgehog attention, from text",
 };
-enum { N_COMMANDS = 5 };
+enum { N_COMMANDS = 6 };
 
 enum { MODEL_ROW, PROMPT_ROW }; /* the two that may be given without a flag */
 
@@ -78,7 +80,7 @@ static const struct row rows[] = {
     {"api-key", TEXT, AT(api_key), SERVE, NULL, 0, 0, 0, "KEY[,KEY...]", "keys that clients must send; none: open (URCHIN_API_KEY keeps it out of the process list)"},
     {"cors-origin", TEXT, AT(cors_origin), SERVE, "*", 0, 0, 0, "ORIGIN", "origin that browsers may call from; empty: none"},
     {"max-seqs", INT, AT(max_seqs), SERVE | RUN | INFO, "0", 0, 65536, 0, "N", "sequences at once (slots); 0: as many as --memory holds, at most 256"},
-    {"memory", SIZE, AT(memory_mb), SERVE | RUN | INFO, "0", 0, 1e15, 1 << 20, "SIZE", "memory for slots when --max-seqs is 0; 0: a quarter of what is free"},
+    {"memory", SIZE, AT(memory_mb), SERVE | RUN | INFO | CONVERT, "0", 0, 1e15, 1 << 20, "SIZE", "memory for slots when --max-seqs is 0; 0: a quarter of what is free.  convert: what it may take in all; 0: what it needs"},
     {"prefill-chunk", INT, AT(prefill_chunk), SERVE | RUN | BENCH, "256", 1, 65536, 0, "N", "prompt tokens read in one step beside those generated: more reads faster, less keeps others smoother"},
     {"max-queue", INT, AT(max_queue), SERVE, "256", 0, 1 << 20, 0, "N", "requests that may wait; the next gets 429 with Retry-After"},
     {"output-limit", SIZE, AT(output_limit_kb), SERVE, "256K", KIB, 1e12, 1024, "SIZE", "unread output of a request before its generation pauses"},
@@ -96,9 +98,9 @@ static const struct row rows[] = {
     {"top-p", DOUBLE, AT(top_p), RUN, "0.95", 0, 1, 0, "P", "draw from the likeliest tokens that sum to P; 1: off"},
     {"top-k", INT, AT(top_k), RUN, "0", 0, INT_MAX, 0, "K", "draw from the K likeliest tokens; 0: off"},
     {"min-p", DOUBLE, AT(min_p), RUN, "0", 0, 1, 0, "P", "drop tokens less likely than P times the likeliest; 0: off"},
-    {"seed", INT64, AT(seed), RUN, "-1", -1, 0x1p63, 0, "N", "same seed, same answer; -1: another one each time"},
+    {"seed", INT64, AT(seed), RUN | CONVERT, "-1", -1, 0x1p63, 0, "N", "same seed, same result; -1: run draws another one each time, convert takes 0"},
 
-    {"text", TEXT, AT(text), EVAL, NULL, 0, 0, 0, "FILE[,FILE...]", "texts to measure on"},
+    {"text", TEXT, AT(text), EVAL | CONVERT, NULL, 0, 0, 0, "FILE[,FILE...]", "texts to measure on or to learn from; convert takes folders too, and .jsonl files with text or messages"},
     {"against", TEXT, AT(against), EVAL, NULL, 0, 0, 0, "MODEL", "model to compare with; 'base': the base of an adapter"},
     {"against-weights", CHOICE, AT(against_weights), EVAL, "auto", 0, 0, 0, "auto|fp32|bf16|int8|int4", "precision of that model's weights"},
     {"against-kv-type", CHOICE, AT(against_kv_type), EVAL, NULL, 0, 0, 0, "bf16|fp32", "precision of that model's exact keys and values, instead of --kv-type"},
@@ -110,6 +112,33 @@ static const struct row rows[] = {
     {"bin", INT64, AT(bin), EVAL, "1024", 1, BIG, 0, "TOKENS", "stream: tokens in each line of the table"},
     {"lengths", LIST, AT(lengths), EVAL, "1000,2000", 1, 1 << 30, 0, "N[,N...]", "passkey: prompt lengths"},
     {"tries", INT, AT(tries), EVAL, "5", 1, 100000, 0, "N", "passkey: keys hidden at each length"},
+
+    {"out", TEXT, AT(out), CONVERT, NULL, 0, 0, 0, "FOLDER", "where the converted model goes"},
+    {"recipe", CHOICE, AT(recipe), CONVERT, "urchin", 0, 0, 0, "urchin|lolcats|paper", "what the flags below are when they are not given"},
+    {"name", TEXT, AT(name), CONVERT, NULL, 0, 0, 0, "NAME", "the converted model's name; none: the base's with -hedgehog"},
+    {"steps", INT, AT(steps), CONVERT, "400", 0, 1 << 30, 0, "N", "steps of the optimiser; 0: calibrate only"},
+    {"accumulate", INT, AT(accumulate), CONVERT, "1", 1, 1 << 20, 0, "N", "sequences read for one step"},
+    {"length", INT, AT(length), CONVERT, "0", 0, 1 << 24, 0, "TOKENS", "length of a sequence; 0: 1,024, or the base's context where that is less"},
+    {"long-length", INT, AT(long_length), CONVERT, "0", 0, 1 << 24, 0, "TOKENS", "length of a long sequence; 0: 4,096, or the base's context where that is less"},
+    {"long-every", INT, AT(long_every), CONVERT, "5", 0, 1 << 30, 0, "N", "every so many sequences one is long; 0: none"},
+    {"rows", INT, AT(rows), CONVERT, "80", 1, 1 << 20, 0, "N", "query rows compared in a sequence"},
+    {"long-rows", INT, AT(long_rows), CONVERT, "32", 1, 1 << 20, 0, "N", "query rows compared in a long sequence"},
+    {"join-documents", SWITCH, AT(join_documents), CONVERT, "no", 0, 0, 0, NULL, "fill sequences with documents one after the other, each seeing those before it"},
+    {"loss", CHOICE, AT(loss), CONVERT, NULL, 0, 0, 0, "cross-entropy|mse|both", "cross-entropy of rows of attention, squared error of outputs, or both"},
+    {"mse-factor", DOUBLE, AT(mse_factor), CONVERT, "1000", 0, 1e12, 0, "X", "weight of the squared error"},
+    {"lr", DOUBLE, AT(lr), CONVERT, "0", 0, 10, 0, "RATE", "learning rate of maps; 0: the recipe's"},
+    {"lr-mix", DOUBLE, AT(lr_mix), CONVERT, "0", 0, 10, 0, "RATE", "learning rate of the mixing; 0: the recipe's"},
+    {"schedule", CHOICE, AT(schedule), CONVERT, NULL, 0, 0, 0, "one-cycle|constant", "how the rates go over the steps"},
+    {"warmup", DOUBLE, AT(warmup), CONVERT, "0.08", 0, 1, 0, "SHARE", "share of the steps in which the rates rise"},
+    {"map", CHOICE, AT(map), CONVERT, NULL, 0, 0, 0, "exp|softmax2|joint_softmax", "feature map: the paper's, LoLCATs' or fla's"},
+    {"features", INT, AT(features), CONVERT, "0", 0, 1 << 14, 0, "N", "projections of a map, half as many as features; 0: the recipe's"},
+    {"init-scale", DOUBLE, AT(init_scale), CONVERT, "0", 0, 100, 0, "X", "maps begin as X times the identity; 0: the recipe's"},
+    {"key-map", CHOICE, AT(key_map), CONVERT, NULL, 0, 0, 0, "kv_head|query_head", "a key map, and a state, for each"},
+    {"map-position", CHOICE, AT(map_position), CONVERT, NULL, 0, 0, 0, "none|rope", "maps see q and k before or after RoPE"},
+    {"window", CHOICE, AT(window), CONVERT, NULL, 0, 0, 0, "none|sliding|terraced", "rule of the exact window"},
+    {"window-size", INT, AT(window_size), CONVERT, "-1", -1, 1 << 20, 0, "TOKENS", "size of the window; -1: the recipe's"},
+    {"sinks", INT, AT(sinks), CONVERT, "-1", -1, 1 << 20, 0, "N", "first tokens kept exact; -1: the recipe's"},
+    {"mixing", CHOICE, AT(mixing), CONVERT, NULL, 0, 0, 0, "unified|lolcats", "how exact and linear terms are put together"},
 
     {"n-prompt", LIST, AT(n_prompt), BENCH, "512", 1, BIG, 0, "N[,N...]", "prompt lengths to read"},
     {"n-gen", INT, AT(n_gen), BENCH, "64", 1, INT_MAX, 0, "N", "tokens generated by each sequence"},
@@ -535,7 +564,7 @@ static enum err find_command(const char *name, enum command *out, char *msg, siz
         return err_set(msg, msg_len, ERR_ARG, "there is no command '%.100s'; did you mean '%s'?",
                        name, command_names[best]);
     return err_set(msg, msg_len, ERR_ARG,
-                   "there is no command '%.100s'; there are serve, run, info, eval and bench",
+                   "there is no command '%.100s'; there are serve, run, info, eval, bench and convert",
                    name);
 }
 
@@ -604,7 +633,7 @@ enum err settings_load(struct settings *out, int argc, char **argv, bool *help, 
     if (err == OK && !asked) err = read_flags(s, argc, argv, &asked, msg, msg_len);
     if (err == OK && s->command == COMMAND_NONE && !asked && !s->version)
         err = err_set(msg, msg_len, ERR_ARG,
-                      "a command comes first: urchin serve, run, info, eval or bench");
+                      "a command comes first: urchin serve, run, info, eval, bench or convert");
     if (err) {
         settings_free(s);
         return err;
@@ -700,7 +729,7 @@ void settings_usage(FILE *out) {
     fprintf(out, "urchin " URCHIN_VERSION
                  ": serves Transformers converted to Hedgehog linear attention\n\n");
     for (int c = 0; c < N_COMMANDS; c++)
-        fprintf(out, "  urchin %-6s [MODEL]%-10s%s\n", command_names[c],
+        fprintf(out, "  urchin %-7s [MODEL]%-10s%s\n", command_names[c],
                 c == COMMAND_RUN ? " [PROMPT]" : "", command_help[c]);
     fprintf(out, "\n  urchin COMMAND --help lists its flags.  urchin --version\n");
 }

@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
-enum command { COMMAND_NONE = -1, COMMAND_SERVE, COMMAND_RUN, COMMAND_INFO, COMMAND_EVAL, COMMAND_BENCH };
+enum command { COMMAND_NONE = -1, COMMAND_SERVE, COMMAND_RUN, COMMAND_INFO, COMMAND_EVAL, COMMAND_BENCH, COMMAND_CONVERT };
 
 struct settings {
     enum command command;       /* COMMAND_NONE: only --help, --version or nothing was given */
@@ -56,6 +56,13 @@ struct settings {
     const char *tests, *ablate;
     int64_t context, stride, bin, tokens; /* stride 0: as the context allows; tokens 0: the whole text */
     const char *lengths; int tries;  /* lengths: settings_list */
+    /* convert (see convert/recipe.h); NULL, -1 and 0: the recipe's.  text, seed, memory_mb and what overrides a model's attention too */
+    const char *out, *recipe, *name;
+    const char *map, *key_map, *map_position, *window, *mixing, *loss, *schedule;
+    int window_size, sinks, features;
+    int steps, accumulate, length, long_length, long_every, rows, long_rows;
+    double lr, lr_mix, warmup, init_scale, mse_factor;
+    bool join_documents;
     /* bench (see server/bench.h); lists: settings_list */
     const char *n_prompt, *batch, *depth;
     int n_gen, repeat;

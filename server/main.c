@@ -4,6 +4,7 @@
 #include "config/log.h"
 #include "config/settings.h"
 #include "config/version.h"
+#include "convert/convert.h"
 #include "convert/eval.h"
 #include "server/bench.h"
 #include "server/info.h"
@@ -71,6 +72,8 @@ static int run_command(struct settings *s) {
         return eval_main(s, team);
     case COMMAND_BENCH:
         return bench_main(s, team);
+    case COMMAND_CONVERT:
+        return convert_main(s, team);
     default:
         return 1;
     }

@@ -279,7 +279,7 @@ static char *printed(void (*print)(FILE *out)) {
     return text;
 }
 static void all_help(FILE *out) {
-    for (int c = COMMAND_SERVE; c <= COMMAND_BENCH; c++)
+    for (int c = COMMAND_SERVE; c <= COMMAND_CONVERT; c++)
         settings_help(out, (enum command)c);
 }
 

@@ -1,0 +1,448 @@
+/* convert.c - `urchin convert`, from the settings to the folder. */
+#include "convert/convert.h"
+
+#include "convert/files.h"
+#include "convert/run.h"
+#include "convert/teacher.h"
+#include "model/converted.h"
+#include "model/options.h"
+
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { SAVE_SECONDS = 45, LINE_SECONDS = 10, PROBES = 4, INTERRUPTED = 130 };
+
+static volatile sig_atomic_t stopping;
+static int64_t stop_after; /* tests */
+
+void convert_interrupt_after(int64_t steps) {
+    stop_after = steps;
+}
+
+static void stop(int signal) {
+    (void)signal;
+    stopping = 1;
+}
+
+struct conversion {
+    const struct settings *settings;
+    struct team *team;
+    struct model *model; /* owned, as all pointers below */
+    struct corpus *corpus;
+    struct teacher *teacher;
+    struct run run;
+    char *name, *folder;
+    int max_tokens, max_rows;
+    double begun, saved,
+        told;           /* seconds of the clock: this run, the last checkpoint, the last line */
+    int64_t first_step; /* of this run */
+    bool interrupted;
+    char *msg;
+    size_t msg_len;
+};
+
+#define FAIL(c, code, ...) err_set((c)->msg, (c)->msg_len, code, __VA_ARGS__)
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static enum err no_memory(struct conversion *c) {
+    return FAIL(c, ERR_NOMEM, "out of memory");
+}
+
+/* ---- opening ---- */
+static enum err check_settings(struct conversion *c) {
+    const struct settings *s = c->settings;
+    if (!s->model)
+        return FAIL(c, ERR_ARG, "name the base: urchin convert BASE --text FILES --out FOLDER");
+    if (!s->text) return FAIL(c, ERR_ARG, "--text is missing: name files or folders to learn from");
+    if (!s->out) return FAIL(c, ERR_ARG, "--out is missing: name a folder for the converted model");
+    if (!strcmp(s->device, "cuda"))
+        return FAIL(c, ERR_ARG, "--device cuda: conversion runs on the CPU only, so far");
+    if (converted_is(s->model))
+        return FAIL(c, ERR_ARG, "%s is a converted model already; name its base", s->model);
+    if (converted_is(s->out))
+        return FAIL(c, ERR_ARG,
+                    "%s holds a converted model already: name another --out, or remove it", s->out);
+    char *base = realpath(s->model, NULL), *out = realpath(s->out, NULL);
+    bool same = base && out && !strcmp(base, out);
+    free(base);
+    free(out);
+    if (same) return FAIL(c, ERR_ARG, "--out %s: that is the base itself", s->out);
+    return OK;
+}
+
+/* The recipe comes first: a softmax cache is sized by the longest sequence. */
+static enum err take_recipe(struct conversion *c) {
+    struct base *base;
+    enum err e = base_open(&base, c->settings->model, c->msg, c->msg_len);
+    if (e) return e;
+    e = recipe_from_settings(&c->run.recipe, c->settings, base_config(base), c->msg, c->msg_len);
+    base_close(base);
+    const struct recipe *r = &c->run.recipe;
+    bool any_long = r->long_every > 0;
+    c->max_tokens = any_long && r->long_length > r->length ? r->long_length : r->length;
+    c->max_rows = any_long && r->long_rows > r->rows ? r->long_rows : r->rows;
+    return e;
+}
+
+static enum err open_base(struct conversion *c) {
+    struct model_options o;
+    model_options_set(&o, c->settings);
+    o.device = DEVICE_CPU;
+    o.max_seq_len = c->max_tokens;
+    o.memory_budget = 0;
+    o.cache_size = o.cache_recent = o.cache_age = -1; /* the pupil's, not the base's */
+    o.max_distance = o.horizon = -1;
+    o.max_logits = 1;
+    o.n_slots = 1;
+    o.team = c->team;
+    enum err e = model_open(&c->model, &o, c->msg, c->msg_len);
+    if (!e) c->run.base = model_info(c->model);
+    return e;
+}
+
+static enum err open_corpus(struct conversion *c) {
+    struct corpus_options o = {.sources = c->settings->text,
+                               .tokenizer = model_tokenizer(c->model),
+                               .chat = model_chat(c->model),
+                               .vocab_size = c->run.base->vocab_size,
+                               .join = c->run.recipe.join_documents,
+                               .least = recipe_least_tokens(&c->run.recipe.attention)};
+    return corpus_open(&c->corpus, &o, c->msg, c->msg_len);
+}
+
+static enum err name_model(struct conversion *c) {
+    const char *given = c->settings->name;
+    size_t n = strlen(c->run.base->name) + 16;
+    c->name = given ? strdup(given) : malloc(n);
+    if (!c->name) return no_memory(c);
+    if (!given) snprintf(c->name, n, "%s-hedgehog", c->run.base->name);
+    c->folder = strdup(c->settings->out);
+    if (!c->folder) return no_memory(c);
+    for (size_t len = strlen(c->folder); len > 1 && c->folder[len - 1] == '/';)
+        c->folder[--len] = 0;
+    c->run.folder = c->folder;
+    return OK;
+}
+
+/* What two runs of one conversion have in common. */
+static enum err take_identity(struct conversion *c) {
+    struct run *run = &c->run;
+    cJSON *base, *files;
+    enum err e =
+        record_base(c->settings->model, run->base->name, &base, &files, c->msg, c->msg_len);
+    if (e) return e;
+    run->identity = cJSON_CreateObject();
+    cJSON_AddItemToObject(run->identity, "base", base);
+    if (files) cJSON_AddItemToObject(run->identity, "base_files", files);
+    cJSON_AddItemToObject(run->identity, "attention", recipe_attention_json(&run->recipe));
+    cJSON_AddItemToObject(run->identity, "attention_transfer", recipe_training_json(&run->recipe));
+    cJSON_AddItemToObject(run->identity, "text", corpus_json(c->corpus));
+    cJSON_AddStringToObject(run->identity, "weights", weight_type_name(run->base->weights));
+    return run->identity ? OK : no_memory(c);
+}
+
+static enum err check_memory(struct conversion *c) {
+    const struct recipe *r = &c->run.recipe;
+    const struct model_info *i = c->run.base;
+    size_t limit = (size_t)c->settings->memory_mb << 20;
+    size_t need = i->weight_bytes + i->slot_bytes + teacher_bytes(i, c->max_tokens, c->max_rows) +
+                  training_bytes(r, i->n_layers, team_size(c->team), c->max_tokens, c->max_rows) +
+                  (64u << 20); /* the program, a step's rows, the tokenizer */
+    if (!limit || need <= limit) return OK;
+    return FAIL(c, ERR_ARG,
+                "--memory: %zu MiB are allowed, about %zu are needed; shorter sequences need less "
+                "(--long-length %d, --length %d), fewer --threads too",
+                limit >> 20, need >> 20, r->long_length, r->length);
+}
+
+static enum err take_room(struct conversion *c) {
+    struct run *run = &c->run;
+    const struct recipe *r = &run->recipe;
+    const struct model_info *i = run->base;
+    size_t heads = (size_t)i->n_layers * (size_t)i->attention.n_heads;
+    run->curve = calloc((size_t)r->steps + 1, sizeof *run->curve);
+    run->before = calloc(heads, sizeof *run->before);
+    run->after = calloc(heads, sizeof *run->after);
+    if (!run->curve || !run->before || !run->after ||
+        teacher_new(&c->teacher, c->model, &r->attention, c->max_tokens, c->max_rows) ||
+        training_new(&run->training, r, i->n_layers, c->team, c->max_tokens, c->max_rows))
+        return no_memory(c);
+    return OK;
+}
+
+/* ---- reading and learning ---- */
+/* The base reads pack number of a stream; the pack must be freed once the lesson is done with. */
+static enum err read_pack(struct conversion *c, int stream, int64_t number, bool is_long,
+                          struct pack *pack, struct lesson *lesson, double *share) {
+    const struct recipe *r = &c->run.recipe;
+    int length = is_long ? r->long_length : r->length, rows = is_long ? r->long_rows : r->rows;
+    enum err e = corpus_pack(c->corpus, r->seed, stream, number, length, pack, c->msg, c->msg_len);
+    if (e) return e;
+    e = teacher_read(c->teacher, pack, rows, r->seed, stream, number, lesson, share, c->msg,
+                     c->msg_len);
+    if (e) pack_free(pack);
+    return e;
+}
+
+/* The same few packs before and after, so that the two compare. */
+static enum err probe(struct conversion *c, struct student_sums *out) {
+    struct training *t = c->run.training;
+    training_clear_sums(t);
+    c->run.share = 0;
+    for (int i = 0; i < PROBES; i++) {
+        struct pack pack;
+        struct lesson lesson;
+        double share;
+        enum err e = read_pack(c, PACK_PROBE, i, false, &pack, &lesson, &share);
+        if (e) return e;
+        training_measure(t, &lesson);
+        pack_free(&pack);
+        c->run.share += share / PROBES;
+    }
+    memcpy(out, t->sums, (size_t)t->n_layers * (size_t)t->n_heads * sizeof *out);
+    training_clear_sums(t);
+    return OK;
+}
+
+static enum err begin(struct conversion *c) {
+    struct pack pack;
+    struct lesson lesson;
+    double share;
+    enum err e = read_pack(c, PACK_CALIBRATE, 0, false, &pack, &lesson, &share);
+    if (e) return e;
+    training_begin(c->run.training, &lesson);
+    pack_free(&pack);
+    if ((e = probe(c, c->run.before))) return e;
+    double kl = training_kl(c->run.training, c->run.before);
+    if (!isfinite(kl))
+        return FAIL(c, ERR_ARG,
+                    "the maps overflow before the first step: try a smaller --init-scale than %g",
+                    c->run.recipe.init_scale);
+    return OK;
+}
+
+static double seconds_so_far(const struct conversion *c) {
+    return c->run.seconds + now() - c->begun;
+}
+
+static enum err save(struct conversion *c) {
+    c->saved = now();
+    return checkpoint_save(&c->run, seconds_so_far(c), c->msg, c->msg_len);
+}
+
+/* Means of the last few steps of the curve. */
+static double recent_kl(const struct run *run, int64_t most, int64_t *n) {
+    double sum = 0;
+    int64_t step = run->training->step, from = step > most ? step - most : 0;
+    for (int64_t i = from; i < step; i++)
+        sum += run->curve[i].kl;
+    *n = step - from;
+    return sum / (double)(step - from);
+}
+
+static enum err check_progress(struct conversion *c) {
+    enum { RECENT = 16 };
+    int64_t n;
+    double kl = recent_kl(&c->run, RECENT, &n),
+           begun = c->run.share * training_kl(c->run.training, c->run.before);
+    if (n < RECENT || kl <= 2 * begun + 1) return OK;
+    return FAIL(
+        c, ERR_ARG,
+        "the divergence from the base has grown from %.3f to %.3f by step %lld, so training "
+        "was stopped; %s/checkpoint is from before. Try a lower --lr than %g in another "
+        "--out",
+        begun, kl, (long long)c->run.training->step, c->folder, c->run.recipe.lr);
+}
+
+static enum err step(struct conversion *c) {
+    const struct recipe *r = &c->run.recipe;
+    struct training *t = c->run.training;
+    struct point point = {0};
+    for (int a = 0; a < r->accumulate; a++) {
+        int64_t number = t->step * r->accumulate + a;
+        bool is_long = r->long_every && number % r->long_every == r->long_every - 1;
+        struct pack pack;
+        struct lesson lesson;
+        double share;
+        enum err e = read_pack(c, PACK_TRAIN, number, is_long, &pack, &lesson, &share);
+        if (e) return e;
+        training_clear_sums(t);
+        training_learn(t, &lesson);
+        point.kl += share * training_kl(t, t->sums) / r->accumulate;
+        point.error += training_error(t, t->sums) / r->accumulate;
+        point.tokens += pack.n;
+        pack_free(&pack);
+    }
+    int layer = 0;
+    enum err e = training_step(t, &layer);
+    if (e || !isfinite(point.kl))
+        return FAIL(c, ERR_ARG,
+                    "step %lld: the gradient of layer %d is no number, so training was stopped; "
+                    "%s/checkpoint is from before. Try a lower --lr than %g in another --out",
+                    (long long)t->step, layer, c->folder, r->lr);
+    if (r->mse <= 0) point.error = NAN;
+    for (int i = 0; i < t->n_layers; i++)
+        point.norm += t->norms[i] / t->n_layers;
+    c->run.curve[t->step - 1] = point;
+    return check_progress(c);
+}
+
+/* ---- progress ---- */
+static void duration(char *out, size_t len, double seconds) {
+    int s = (int)(seconds + 0.5);
+    if (s >= 3600)
+        snprintf(out, len, "%d h %02d min", s / 3600, s / 60 % 60);
+    else if (s >= 60)
+        snprintf(out, len, "%d min %02d s", s / 60, s % 60);
+    else
+        snprintf(out, len, "%d s", s);
+}
+
+static void tell(struct conversion *c, bool last) {
+    bool terminal = isatty(STDERR_FILENO);
+    const struct run *run = &c->run;
+    int64_t step = run->training->step, done = step - c->first_step, n;
+    double t = now(), each = done ? (t - c->begun) / (double)done : 0;
+    if (!last && t - c->told < (terminal ? 0.2 : LINE_SECONDS)) return;
+    c->told = t;
+    char left[32];
+    duration(left, sizeof left, each * (double)(run->recipe.steps - step));
+    fprintf(stderr, "%sstep %lld of %d  kl %.4f  lr %.2g  %.2f s a step  %s left%s",
+            terminal ? "\r\033[K" : "", (long long)step, run->recipe.steps, recent_kl(run, 10, &n),
+            recipe_rate(&run->recipe, step - 1) * run->recipe.lr, each, left,
+            terminal && !last ? "" : "\n");
+    fflush(stderr);
+}
+
+static void tell_memory(void) {
+    struct rusage usage;
+    if (getrusage(RUSAGE_SELF, &usage)) return;
+    fprintf(stderr, "memory: %ld MiB at its highest, and no step needs more\n",
+            usage.ru_maxrss / 1024);
+}
+
+/* ---- the whole ---- */
+static enum err train(struct conversion *c) {
+    struct run *run = &c->run;
+    bool told_memory = false;
+    c->begun = c->saved = now();
+    c->told = -1e9;
+    c->first_step = run->training->step;
+    while (run->training->step < run->recipe.steps) {
+        enum err e = step(c);
+        if (e) return e;
+        int64_t done = run->training->step - c->first_step;
+        bool all_lengths = !run->recipe.long_every ||
+                           run->training->step * run->recipe.accumulate >= run->recipe.long_every;
+        if (!told_memory && all_lengths) {
+            tell_memory();
+            told_memory = true;
+        }
+        c->interrupted = stopping || (stop_after && done >= stop_after);
+        bool finished = run->training->step == run->recipe.steps;
+        tell(c, finished || c->interrupted);
+        if (c->interrupted && !finished) return save(c);
+        c->interrupted = false;
+        if (now() - c->saved >= SAVE_SECONDS && (e = save(c))) return e;
+    }
+    return OK;
+}
+
+static enum err finish(struct conversion *c) {
+    struct run *run = &c->run;
+    enum err e = probe(c, run->after);
+    if (!e)
+        e = record_write(run, c->settings->model, c->name, seconds_so_far(c), c->msg, c->msg_len);
+    if (e) {
+        char why[512];
+        snprintf(why, sizeof why, "%s", c->msg);
+        if (checkpoint_save(run, seconds_so_far(c), NULL, 0)) return e;
+        return FAIL(c, e,
+                    "%s; the training is kept in %s/checkpoint, the same command goes on "
+                    "from there",
+                    why, c->folder);
+    }
+    checkpoint_remove(run);
+    printf("%s: %s, %d steps; KL of attention rows to the base %.4f before training, %.4f after, "
+           "error of outputs %.3f and %.3f\n",
+           c->folder, c->name, run->recipe.steps,
+           run->share * training_kl(run->training, run->before),
+           run->share * training_kl(run->training, run->after),
+           training_error(run->training, run->before), training_error(run->training, run->after));
+    return OK;
+}
+
+static enum err convert(struct conversion *c) {
+    enum err e = check_settings(c);
+    if (!e) e = take_recipe(c);
+    if (!e) e = open_base(c);
+    if (!e) e = name_model(c);
+    if (!e) e = open_corpus(c);
+    if (!e) e = take_identity(c);
+    if (!e) e = check_memory(c);
+    if (!e) e = take_room(c);
+    if (!e) e = folder_make(c->folder, c->msg, c->msg_len);
+    bool found = false;
+    if (!e) e = checkpoint_load(&c->run, &found, c->msg, c->msg_len);
+    if (e) return e;
+    c->begun = now();
+    if (found) {
+        fprintf(stderr, "going on from step %lld of %s/checkpoint\n",
+                (long long)c->run.training->step, c->folder);
+    } else {
+        e = begin(c);
+        if (!e) e = save(c); /* at once: whoever cannot write should not find out after an hour */
+    }
+    if (!e) {
+        c->run.seconds += now() - c->begun;
+        e = train(c);
+    }
+    if (!e && !c->interrupted) e = finish(c);
+    return e;
+}
+
+/* Once is a wish to stop; twice is an order. */
+static void catch_signals(struct sigaction old[2]) {
+    struct sigaction action = {.sa_handler = stop, .sa_flags = SA_RESTART | (int)SA_RESETHAND};
+    sigemptyset(&action.sa_mask);
+    stopping = 0;
+    sigaction(SIGINT, &action, &old[0]);
+    sigaction(SIGTERM, &action, &old[1]);
+}
+
+int convert_main(const struct settings *settings, struct team *team) {
+    char msg[1024] = "";
+    struct sigaction old[2];
+    struct conversion c = {.settings = settings, .team = team, .msg = msg, .msg_len = sizeof msg};
+    catch_signals(old);
+    enum err e = convert(&c);
+    sigaction(SIGINT, &old[0], NULL);
+    sigaction(SIGTERM, &old[1], NULL);
+    if (e)
+        fprintf(stderr, "urchin convert: %s\n", *msg ? msg : err_name(e));
+    else if (c.interrupted)
+        fprintf(stderr, "interrupted: the same command goes on from %s/checkpoint\n", c.folder);
+    training_free(c.run.training);
+    teacher_free(c.teacher);
+    corpus_close(c.corpus);
+    model_close(c.model);
+    cJSON_Delete(c.run.identity);
+    free(c.run.curve);
+    free(c.run.before);
+    free(c.run.after);
+    free(c.name);
+    free(c.folder);
+    return e ? 1 : c.interrupted ? INTERRUPTED : 0;
+}

@@ -1,0 +1,229 @@
+/* recipe.c - from settings to a recipe, and a recipe as JSON. */
+#include "convert/recipe.h"
+
+#include <math.h>
+#include <string.h>
+
+static const char *const map_names[] = {"exp", "softmax2", "joint_softmax", NULL};
+static const char *const window_names[] = {"none", "sliding", "terraced", NULL};
+static const char *const mixing_names[] = {"unified", "lolcats", NULL};
+
+enum { MOST_DISTANCE = 4096 }; /* by default; farther was not worth anything (conversion.md 4.2) */
+
+/* The index of value among names; NULL: otherwise. */
+static int choice(const char *value, const char *const *names, int otherwise) {
+    for (int i = 0; value && names[i]; i++)
+        if (!strcmp(value, names[i])) return i;
+    return otherwise;
+}
+
+static void start_from(struct recipe *r, const char *name, const struct base_config *base) {
+    struct attention_config *a = &r->attention;
+    *a = (struct attention_config){.kind = ATTENTION_HEDGEHOG,
+                                   .n_heads = base->n_heads,
+                                   .n_kv_heads = base->n_kv_heads,
+                                   .head_dim = base->head_dim,
+                                   .features = base->head_dim,
+                                   .map = MAP_EXP,
+                                   .window = WINDOW_TERRACED,
+                                   .window_size = 64,
+                                   .mixing = MIXING_UNIFIED};
+    r->name = name;
+    r->ce = 1;
+    if (!strcmp(name, "urchin")) {
+        a->sinks = 1;
+        a->cache_size = 128;
+        a->cache_recent = 32;
+        a->cache_age = 512;
+        a->horizon = 1024;
+        a->map_before_rope = true;
+        r->lr = 0.02;
+        r->lr_mix = 0.05;
+        r->init_scale = 0.25;
+        r->calibrate = true;
+        r->one_cycle = true;
+        return;
+    }
+    r->lr = r->lr_mix = 0.01;
+    r->init_scale = 1;
+    a->key_map_per_query_head = true;
+    if (!strcmp(name, "lolcats")) {
+        a->map = MAP_SOFTMAX2;
+        a->features = a->head_dim / 2;
+        a->mixing = MIXING_LOLCATS;
+        r->ce = 0;
+        r->mse = 1000;
+        r->init_mix = -2.1972246f; /* sigmoid of it is 0.1 */
+    } else {
+        a->window = WINDOW_NONE;
+        a->window_size = 0;
+    }
+}
+
+static void set_attention(struct recipe *r, const struct settings *s,
+                          const struct base_config *base) {
+    static const char *const per[] = {"kv_head", "query_head", NULL}, *const positions[] = {
+                                                                          "rope", "none", NULL};
+    struct attention_config *a = &r->attention;
+    a->map = (enum feature_map)choice(s->map, map_names, a->map);
+    a->key_map_per_query_head = choice(s->key_map, per, a->key_map_per_query_head);
+    a->map_before_rope = choice(s->map_position, positions, a->map_before_rope);
+    a->mixing = (enum mixing)choice(s->mixing, mixing_names, a->mixing);
+    a->window = (enum window_rule)choice(s->window, window_names, a->window);
+    if (a->window == WINDOW_NONE) a->window_size = a->sinks = 0;
+    if (a->window != WINDOW_NONE && !a->window_size) a->window_size = 64;
+    if (a->window != WINDOW_TERRACED) a->cache_size = a->cache_recent = a->cache_age = 0;
+    if (s->features) a->features = s->features;
+    if (s->window_size >= 0) a->window_size = s->window_size;
+    if (s->sinks >= 0) a->sinks = s->sinks;
+    if (s->cache_size >= 0) a->cache_size = s->cache_size;
+    if (s->cache_recent >= 0)
+        a->cache_recent = s->cache_recent;
+    else if (a->cache_recent > a->cache_size)
+        a->cache_recent = a->cache_size;
+    if (s->cache_age >= 0) a->cache_age = s->cache_age;
+    if (!a->cache_recent) a->cache_age = 0;
+    if (s->horizon >= 0) a->horizon = s->horizon;
+    if (a->map_before_rope && r->rope)
+        a->max_distance = s->max_distance >= 0            ? s->max_distance
+                          : base->context < MOST_DISTANCE ? base->context
+                                                          : MOST_DISTANCE;
+}
+
+int recipe_least_tokens(const struct attention_config *a) {
+    if (a->window == WINDOW_NONE) return 2;
+    if (a->window == WINDOW_SLIDING) return a->window_size + a->sinks + 1;
+    return (2 + a->sinks / a->window_size) * a->window_size + 1;
+}
+
+static enum err set_lengths(struct recipe *r, const struct settings *s,
+                            const struct base_config *base, char *msg, size_t msg_len) {
+    int context = base->context < 1 << 24 ? (int)base->context : 1 << 24;
+    r->length = s->length ? s->length : context < 1024 ? context : 1024;
+    r->long_length = s->long_length ? s->long_length : context < 4096 ? context : 4096;
+    r->long_every = s->long_every;
+    r->rows = s->rows;
+    r->long_rows = s->long_rows;
+    if (r->long_length <= r->length && !s->long_length) r->long_every = 0;
+    int longest = r->long_every && r->long_length > r->length ? r->long_length : r->length;
+    if (longest > context)
+        return err_set(msg, msg_len, ERR_ARG,
+                       "%s %d: the base was trained to read %d tokens, and a teacher teaches no "
+                       "more than it can",
+                       longest == r->length ? "--length" : "--long-length", longest, context);
+    const struct attention_config *a = &r->attention;
+    int least = recipe_least_tokens(a);
+    int shortest = r->long_every && r->long_length < r->length ? r->long_length : r->length;
+    if (shortest < least)
+        return err_set(msg, msg_len, ERR_ARG,
+                       "--length %d: with a window of %d all keys of so few tokens are exact, and "
+                       "there is nothing to learn; take at least %d, or a smaller --window-size",
+                       shortest, a->window_size, least);
+    return OK;
+}
+
+enum err recipe_from_settings(struct recipe *out, const struct settings *s,
+                              const struct base_config *base, char *msg, size_t msg_len) {
+    struct recipe r = {.rope = base->architecture == BASE_LLAMA};
+    start_from(&r, s->recipe, base);
+    set_attention(&r, s, base);
+    if (s->max_distance >= 0 && !r.attention.max_distance)
+        return err_set(msg, msg_len, ERR_ARG,
+                       "--max-distance goes with --map-position none and a base with RoPE only");
+    char reason[300] = "";
+    if (attention_config_check(&r.attention, reason, sizeof reason))
+        return err_set(msg, msg_len, ERR_ARG, "these settings do not go together: %s", reason);
+    if (s->loss) {
+        r.ce = strcmp(s->loss, "mse") ? 1 : 0;
+        r.mse = strcmp(s->loss, "cross-entropy") ? (float)s->mse_factor : 0;
+    } else if (r.mse > 0) {
+        r.mse = (float)s->mse_factor;
+    }
+    if (r.ce + r.mse <= 0)
+        return err_set(msg, msg_len, ERR_ARG, "--mse-factor 0 leaves no loss to learn from");
+    if (s->schedule) r.one_cycle = !strcmp(s->schedule, "one-cycle");
+    if (s->lr > 0) r.lr = s->lr;
+    if (s->lr_mix > 0) r.lr_mix = s->lr_mix;
+    if (s->init_scale > 0) r.init_scale = s->init_scale;
+    r.warmup = s->warmup;
+    r.steps = s->steps;
+    r.accumulate = s->accumulate;
+    r.seed = s->seed < 0 ? 0 : s->seed;
+    r.join_documents = s->join_documents;
+    enum err e = set_lengths(&r, s, base, msg, msg_len);
+    if (!e) *out = r;
+    return e;
+}
+
+double recipe_rate(const struct recipe *r, int64_t step) {
+    const double from = 1.0 / 25, to = from / 1e4;
+    double warm = r->warmup * r->steps, at = (double)step;
+    if (at < warm) return from + (1 - from) * (1 - cos(M_PI * at / warm)) / 2;
+    if (!r->one_cycle || r->steps <= warm) return 1;
+    return to + (1 - to) * (1 + cos(M_PI * (at - warm) / (r->steps - warm))) / 2;
+}
+
+/* ---- JSON ---- */
+static void add_number(cJSON *o, const char *key, double x) {
+    cJSON_AddNumberToObject(o, key, x);
+}
+static void add_text(cJSON *o, const char *key, const char *text) {
+    cJSON_AddStringToObject(o, key, text);
+}
+
+cJSON *recipe_attention_json(const struct recipe *r) {
+    const struct attention_config *a = &r->attention;
+    cJSON *o = cJSON_CreateObject();
+    add_text(o, "kind", "hedgehog");
+    add_text(o, "map", map_names[a->map]);
+    add_number(o, "features", a->features);
+    add_text(o, "key_map_per", a->key_map_per_query_head ? "query_head" : "kv_head");
+    add_text(o, "map_position", a->map_before_rope ? "none" : "rope");
+    if (a->max_distance) add_number(o, "max_distance", (double)a->max_distance);
+    cJSON *window = cJSON_AddObjectToObject(o, "window");
+    add_text(window, "rule", window_names[a->window]);
+    if (a->window != WINDOW_NONE) add_number(window, "size", a->window_size);
+    add_number(o, "sinks", a->sinks);
+    if (a->cache_size) {
+        cJSON *cache = cJSON_AddObjectToObject(o, "cache");
+        add_number(cache, "size", a->cache_size);
+        add_text(cache, "score", "self_recall");
+        add_number(cache, "recent", a->cache_recent);
+        if (a->cache_recent) add_number(cache, "age", a->cache_age);
+    } else {
+        cJSON_AddNullToObject(o, "cache");
+    }
+    if (a->horizon)
+        add_number(o, "horizon", (double)a->horizon);
+    else
+        cJSON_AddNullToObject(o, "horizon");
+    add_text(o, "mixing", mixing_names[a->mixing]);
+    return o;
+}
+
+cJSON *recipe_training_json(const struct recipe *r) {
+    cJSON *o = cJSON_CreateObject();
+    add_text(o, "recipe", r->name);
+    add_text(o, "loss", r->mse > 0 ? r->ce > 0 ? "both" : "mse" : "cross_entropy");
+    if (r->mse > 0) add_number(o, "mse_factor", r->mse);
+    add_number(o, "steps", r->steps);
+    add_number(o, "accumulate", r->accumulate);
+    add_number(o, "length", r->length);
+    add_number(o, "rows", r->rows);
+    if (r->long_every) {
+        add_number(o, "long_length", r->long_length);
+        add_number(o, "long_every", r->long_every);
+        add_number(o, "long_rows", r->long_rows);
+    }
+    cJSON_AddBoolToObject(o, "join_documents", r->join_documents);
+    add_text(o, "optimiser",
+             "AdamW, betas 0.9 and 0.99, no decay, gradient norm of a layer at most 1");
+    add_number(o, "lr", r->lr);
+    add_number(o, "lr_mix", r->lr_mix);
+    add_text(o, "schedule", r->one_cycle ? "one_cycle" : "constant");
+    add_number(o, "warmup", r->warmup);
+    add_number(o, "init_scale", r->init_scale);
+    cJSON_AddBoolToObject(o, "calibrated", r->calibrate);
+    add_number(o, "seed", (double)r->seed);
+    return o;
+}

@@ -1,0 +1,50 @@
+/* recipe.h - how a model is converted: everything that decides the result, but text and base.
+ *
+ * Three recipes, of which every part may be set otherwise (docs/convert.md):
+ *   urchin   conversion.md's: exp map before RoPE, key map per kv head, terraced window 64, 1 sink,
+ *            recall cache 128, one scale, horizon 1,024; cross-entropy of rows, calibrated first
+ *   lolcats  arXiv:2410.10254, stage 1: two softmaxes of half the head's size after RoPE, key map
+ *            per query head, terraced window 64, its own mixing; squared error of outputs times
+ * 1000 paper    Hedgehog arXiv:2402.04347: exp map after RoPE per query head, no window;
+ *            cross-entropy of rows.  (Its rate is not published: 0.01 is LoLCATs'.) */
+#ifndef URCHIN_CONVERT_RECIPE_H
+#define URCHIN_CONVERT_RECIPE_H
+
+#include "attention/attention.h"
+#include "config/settings.h"
+#include "model/base.h"
+#include <cjson/cJSON.h>
+
+struct recipe {
+    const char *name;
+    struct attention_config
+        attention; /* as the converted model will have it; heads from the base */
+    bool rope;     /* the base has RoPE */
+    float ce, mse; /* factors of the loss, see student.h */
+    int steps, accumulate;
+    int length, long_length, long_every, rows, long_rows;
+    double lr, lr_mix, warmup; /* rates of maps and of c_h or omega_h */
+    bool one_cycle;
+    double init_scale; /* maps begin as it times the identity */
+    float init_mix;
+    bool calibrate; /* c_h before the first step: conversion.md 2 */
+    int64_t seed;
+    bool join_documents;
+};
+
+/* ERR_ARG with a sentence that names the flag.  Strings are borrowed from the settings. */
+enum err recipe_from_settings(struct recipe *out, const struct settings *s,
+                              const struct base_config *base, char *msg, size_t msg_len);
+
+/* The rate's factor at a step, 0 .. 1: one-cycle rises from 1/25 over the warm-up and falls to
+ * nothing, both along a cosine; constant rises the same and stays. */
+double recipe_rate(const struct recipe *r, int64_t step);
+
+/* Tokens of a document at which its last row has a linear key: fewer teach nothing. */
+int recipe_least_tokens(const struct attention_config *attention);
+
+/* Objects for urchin.json: its attention key, and the rest.  NULL: out of memory. */
+cJSON *recipe_attention_json(const struct recipe *r);
+cJSON *recipe_training_json(const struct recipe *r);
+
+#endif

@@ -1,0 +1,280 @@
+/* record.c - the converted folder: maps, the two JSON files, links to the base. */
+#include "convert/files.h"
+#include "convert/run.h"
+
+#include "compute/cpu.h"
+#include "config/version.h"
+#include "model/base.h"
+#include "model/mapped.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+/* ---- the base ---- */
+static const char *last_part(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+static enum err describe_file(cJSON *o, const char *path, char *msg, size_t msg_len) {
+    struct mapped file;
+    char digest[SHA256_HEX];
+    enum err e = mapped_open(&file, path, msg, msg_len);
+    if (e) return e;
+    sha256_hex(file.len ? file.bytes : "", file.len, digest);
+    cJSON_AddStringToObject(o, "file", last_part(path));
+    cJSON_AddNumberToObject(o, "bytes", (double)file.len);
+    cJSON_AddStringToObject(o, "sha256", digest);
+    mapped_close(&file);
+    return OK;
+}
+
+/* What base_open and its tokenizer read of a Hugging Face folder. */
+static int of_model(const struct dirent *entry) {
+    static const char *const names[] = {"config.json", "generation_config.json", "tokenizer.json",
+                                        "tokenizer_config.json", "model.safetensors.index.json"};
+    const char *name = entry->d_name;
+    size_t n = strlen(name);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcmp(name, names[i])) return 1;
+    return *name != '.' && n > 12 && !strcmp(name + n - 12, ".safetensors");
+}
+
+/* Calls fn for every such file, by name. */
+static enum err each_file(const char *folder,
+                          enum err (*fn)(void *arg, const char *path, const char *name, char *msg,
+                                         size_t msg_len),
+                          void *arg, char *msg, size_t msg_len) {
+    struct dirent **entries;
+    int n = scandir(folder, &entries, of_model, alphasort);
+    if (n < 0)
+        return err_set(msg, msg_len, ERR_IO, "cannot read '%s': %s", folder, strerror(errno));
+    enum err e = OK;
+    for (int i = 0; i < n; i++) {
+        char *path = e ? NULL : path_join(folder, entries[i]->d_name);
+        if (!e && !path) e = err_set(msg, msg_len, ERR_NOMEM, "out of memory");
+        if (!e) e = fn(arg, path, entries[i]->d_name, msg, msg_len);
+        free(path);
+        free(entries[i]);
+    }
+    free(entries);
+    return e;
+}
+
+static enum err list_file(void *arg, const char *path, const char *name, char *msg,
+                          size_t msg_len) {
+    cJSON *o = cJSON_CreateObject();
+    (void)name;
+    enum err e = describe_file(o, path, msg, msg_len);
+    cJSON_AddItemToArray(arg, o);
+    return e;
+}
+
+static enum err link_file(void *arg, const char *path, const char *name, char *msg,
+                          size_t msg_len) {
+    return file_link(arg, name, path, msg, msg_len);
+}
+
+static bool is_folder(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+enum err record_base(const char *path, const char *name, cJSON **base, cJSON **files, char *msg,
+                     size_t msg_len) {
+    cJSON *o = NULL, *list = NULL;
+    enum err e;
+    if (is_folder(path)) {
+        o = cJSON_CreateNull();
+        list = cJSON_CreateArray();
+        e = each_file(path, list_file, list, msg, msg_len);
+    } else if (*last_part(path) == '.') {
+        e = err_set(msg, msg_len, ERR_ARG,
+                    "%s: an adapter cannot name a base whose file begins with a dot", path);
+    } else {
+        o = cJSON_CreateObject();
+        cJSON_AddStringToObject(o, "name", name);
+        e = describe_file(o, path, msg, msg_len);
+    }
+    if (!e && !o) e = err_set(msg, msg_len, ERR_NOMEM, "out of memory");
+    if (e) {
+        cJSON_Delete(o);
+        cJSON_Delete(list);
+        return e;
+    }
+    *base = o;
+    *files = list;
+    return OK;
+}
+
+/* ---- tensors ---- */
+static enum err write_tensors(const struct run *run, char *msg, size_t msg_len) {
+    const struct training *t = run->training;
+    const struct attention_config *a = &run->recipe.attention;
+    int n = 3 * t->n_layers, states = a->key_map_per_query_head ? a->n_heads : a->n_kv_heads;
+    struct tensor_out *tensors = calloc((size_t)n, sizeof *tensors);
+    if (!tensors) return err_set(msg, msg_len, ERR_NOMEM, "out of memory");
+    for (int i = 0; i < t->n_layers; i++) {
+        const float *w = t->w + (size_t)i * t->n_layer_params;
+        struct tensor_out *out = tensors + 3 * i;
+        out[0] = (struct tensor_out){
+            .n_dims = 3, .dims = {a->n_heads, a->head_dim, a->features}, .values = w};
+        out[1] = (struct tensor_out){.n_dims = 3,
+                                     .dims = {states, a->head_dim, a->features},
+                                     .values = w + student_map_k(a)};
+        out[2] =
+            (struct tensor_out){.n_dims = 1, .dims = {a->n_heads}, .values = w + student_mix(a)};
+        const char *parts[] = {"feature_map_q", "feature_map_k",
+                               a->mixing == MIXING_UNIFIED ? "log_mix" : "window_factor"};
+        for (int k = 0; k < 3; k++)
+            snprintf(out[k].name, sizeof out[k].name, "layers.%d.attn.%s", i, parts[k]);
+    }
+    enum err e =
+        file_replace_tensors(run->folder, "hedgehog.safetensors", tensors, n, msg, msg_len);
+    free(tensors);
+    return e;
+}
+
+/* ---- conversion.json ---- */
+static cJSON *number(double x) { /* what is no number is null, as JSON has it */
+    return isfinite(x) ? cJSON_CreateNumber(x) : cJSON_CreateNull();
+}
+
+static double rounded(double x) { /* six digits: this is to be looked at */
+    char text[32];
+    snprintf(text, sizeof text, "%.6g", x);
+    return strtod(text, NULL);
+}
+
+enum quantity { KL, ENTROPY, ERROR, TEACHER_LINEAR, SINK, WINDOW, LINEAR, N_QUANTITIES };
+static const char *const quantity_names[] = {"kl",   "entropy", "attention_error", "teacher_linear",
+                                             "sink", "window",  "linear"};
+
+/* Per-row means, over rows that have linear keys. */
+static double quantity_of(const struct student_sums *s, enum quantity q) {
+    double sums[] = {s->kl, s->entropy, 0, s->teacher_linear, s->sink, s->window, s->linear};
+    if (q == ERROR) return s->energy > 0 ? s->error / s->energy : NAN;
+    return s->n_rows > 0 ? sums[q] / s->n_rows : NAN;
+}
+
+static cJSON *heads_json(const struct run *run, const struct student_sums *sums) {
+    const struct training *t = run->training;
+    cJSON *o = cJSON_CreateObject();
+    cJSON_AddItemToObject(o, "kl_of_all_rows", number(rounded(run->share * training_kl(t, sums))));
+    cJSON_AddItemToObject(o, "attention_error_of_layers", number(rounded(training_error(t, sums))));
+    cJSON *heads = cJSON_AddObjectToObject(o, "heads");
+    for (int q = 0; q < N_QUANTITIES; q++) {
+        cJSON *layers = cJSON_AddArrayToObject(heads, quantity_names[q]);
+        for (int i = 0; i < t->n_layers; i++) {
+            cJSON *row = cJSON_CreateArray();
+            for (int h = 0; h < t->n_heads; h++)
+                cJSON_AddItemToArray(
+                    row, number(rounded(quantity_of(&sums[i * t->n_heads + h], (enum quantity)q))));
+            cJSON_AddItemToArray(layers, row);
+        }
+    }
+    return o;
+}
+
+static cJSON *mix_json(const struct run *run) {
+    const struct training *t = run->training;
+    cJSON *layers = cJSON_CreateArray();
+    for (int i = 0; i < t->n_layers; i++) {
+        const float *mix =
+            t->w + (size_t)i * t->n_layer_params + student_mix(&run->recipe.attention);
+        cJSON *row = cJSON_CreateArray();
+        for (int h = 0; h < t->n_heads; h++)
+            cJSON_AddItemToArray(row, number(rounded(mix[h])));
+        cJSON_AddItemToArray(layers, row);
+    }
+    return layers;
+}
+
+static int64_t tokens_read(const struct run *run) {
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < run->training->step; i++)
+        tokens += run->curve[i].tokens;
+    return tokens;
+}
+
+static cJSON *curve_json(const struct run *run) {
+    cJSON *o = cJSON_CreateObject(), *kl = cJSON_AddArrayToObject(o, "kl"),
+          *error = cJSON_AddArrayToObject(o, "attention_error"),
+          *norm = cJSON_AddArrayToObject(o, "gradient_norm"),
+          *rate = cJSON_AddArrayToObject(o, "lr"), *tokens = cJSON_AddArrayToObject(o, "tokens");
+    for (int64_t i = 0; i < run->training->step; i++) {
+        cJSON_AddItemToArray(kl, number(rounded(run->curve[i].kl)));
+        cJSON_AddItemToArray(error, number(rounded(run->curve[i].error)));
+        cJSON_AddItemToArray(norm, number(rounded(run->curve[i].norm)));
+        cJSON_AddItemToArray(rate, number(rounded(recipe_rate(&run->recipe, i) * run->recipe.lr)));
+        cJSON_AddItemToArray(tokens, number((double)run->curve[i].tokens));
+    }
+    return o;
+}
+
+static cJSON *conversion_json(const struct run *run, const char *name, double seconds) {
+    cJSON *o = cJSON_CreateObject();
+    cJSON_AddNumberToObject(o, "format", 1);
+    cJSON_AddStringToObject(o, "name", name);
+    cJSON_AddStringToObject(o, "urchin", URCHIN_VERSION);
+    cJSON_AddItemToObject(o, "made_from", cJSON_Duplicate(run->identity, true));
+    cJSON_AddNumberToObject(o, "tokens_read", (double)tokens_read(run));
+    cJSON_AddNumberToObject(o, "seconds", rounded(seconds));
+    cJSON_AddNumberToObject(o, "threads", team_size(run->training->team));
+    cJSON_AddStringToObject(o, "isa", cpu_isa_name(cpu_isa()));
+    cJSON_AddStringToObject(o, "weights", weight_type_name(run->base->weights));
+    cJSON_AddItemToObject(o, "curve", curve_json(run));
+    cJSON_AddItemToObject(o, "before", heads_json(run, run->before));
+    cJSON_AddItemToObject(o, "after", heads_json(run, run->after));
+    cJSON_AddItemToObject(
+        o, run->recipe.attention.mixing == MIXING_UNIFIED ? "log_mix" : "window_factor",
+        mix_json(run));
+    return o;
+}
+
+/* ---- urchin.json ---- */
+static cJSON *urchin_json(const struct run *run, const char *name) {
+    cJSON *o = cJSON_CreateObject(), *training, *kl;
+    cJSON_AddNumberToObject(o, "format", 1);
+    cJSON_AddStringToObject(o, "name", name);
+    cJSON_AddItemToObject(
+        o, "base", cJSON_Duplicate(cJSON_GetObjectItemCaseSensitive(run->identity, "base"), true));
+    cJSON_AddItemToObject(o, "attention", recipe_attention_json(&run->recipe));
+    cJSON_AddNullToObject(o, "low_rank");
+    training = cJSON_AddObjectToObject(o, "training");
+    cJSON_AddStringToObject(training, "urchin", URCHIN_VERSION);
+    static const char *const kept[] = {"base_files", "text", "attention_transfer"};
+    for (int i = 0; i < 3; i++) {
+        const cJSON *part = cJSON_GetObjectItemCaseSensitive(run->identity, kept[i]);
+        if (part) cJSON_AddItemToObject(training, kept[i], cJSON_Duplicate(part, true));
+    }
+    cJSON_AddNumberToObject(training, "tokens_read", (double)tokens_read(run));
+    kl = cJSON_AddObjectToObject(training, "kl_of_all_rows");
+    cJSON_AddItemToObject(kl, "before",
+                          number(rounded(run->share * training_kl(run->training, run->before))));
+    cJSON_AddItemToObject(kl, "after",
+                          number(rounded(run->share * training_kl(run->training, run->after))));
+    cJSON_AddStringToObject(training, "record", "conversion.json");
+    return o;
+}
+
+enum err record_write(const struct run *run, const char *base_path, const char *name,
+                      double seconds, char *msg, size_t msg_len) {
+    enum err e = write_tensors(run, msg, msg_len);
+    cJSON *conversion = e ? NULL : conversion_json(run, name, seconds);
+    if (!e) e = file_replace_json(run->folder, "conversion.json", conversion, msg, msg_len);
+    cJSON_Delete(conversion);
+    if (!e && is_folder(base_path))
+        e = each_file(base_path, link_file, (char *)run->folder, msg, msg_len);
+    else if (!e)
+        e = file_link(run->folder, last_part(base_path), base_path, msg, msg_len);
+    cJSON *urchin = e ? NULL : urchin_json(run, name);
+    if (!e) e = file_replace_json(run->folder, "urchin.json", urchin, msg, msg_len);
+    cJSON_Delete(urchin);
+    return e;
+}

@@ -1,0 +1,52 @@
+/* run.h - a conversion under way: what a checkpoint holds and a record tells. */
+#ifndef URCHIN_CONVERT_RUN_H
+#define URCHIN_CONVERT_RUN_H
+
+#include "convert/corpus.h"
+#include "convert/training.h"
+#include "model/model.h"
+
+struct point {      /* one step of the training curve; means over layers, heads and rows */
+    double kl;      /* nats, over all rows of the sequences: those without linear keys count as 0 */
+    double error;   /* ||y - y_softmax||^2 / ||y_softmax||^2; NaN where outputs are no part of the
+                       loss */
+    double norm;    /* mean gradient norm of a layer, before clipping */
+    int64_t tokens; /* read in this step */
+};
+
+struct run {
+    const char *folder; /* --out; borrowed */
+    struct recipe recipe;
+    const struct model_info *base; /* borrowed */
+    struct training *training;     /* owned */
+    cJSON *identity; /* owned: recipe, attention, base and text; one that resumes has the same */
+    struct point *curve;                 /* [recipe.steps], owned */
+    struct student_sums *before, *after; /* [n_layers][n_heads], owned: the probe at the first and
+                                            behind the last step */
+    double share;                        /* of the probe's rows that have linear keys */
+    double seconds;                      /* that earlier runs took */
+};
+
+/* ---- checkpoint.c: folder/checkpoint ---- */
+
+/* Parameters, moments, curve and the probe so far, replaced as one. */
+enum err checkpoint_save(const struct run *run, double seconds, char *msg, size_t msg_len);
+
+/* Goes on from folder/checkpoint where there is one: *found.  ERR_ARG: it is another conversion's
+ * (the sentence names the first setting that differs), ERR_FORMAT: it is damaged. */
+enum err checkpoint_load(struct run *run, bool *found, char *msg, size_t msg_len);
+void checkpoint_remove(const struct run *run);
+
+/* ---- record.c ---- */
+
+/* The base as urchin.json's `base` has it: an object with file, bytes and sha256 for a file, null
+ * for a folder, whose files are then listed in *files (else NULL).  Owned by the caller. */
+enum err record_base(const char *path, const char *name, cJSON **base, cJSON **files, char *msg,
+                     size_t msg_len);
+
+/* hedgehog.safetensors, conversion.json, what links to the base, and last urchin.json, which makes
+ * the folder a model. */
+enum err record_write(const struct run *run, const char *base_path, const char *name,
+                      double seconds, char *msg, size_t msg_len);
+
+#endif

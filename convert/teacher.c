@@ -1,0 +1,159 @@
+/* teacher.c - reading a pack and keeping what its layers attended with. */
+#include "convert/teacher.h"
+
+#include "compute/memory.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    CHUNK = 256,
+    ROW_DRAWS = 1 << 20
+}; /* rows draw from numbers that places of text do not use */
+
+struct teacher {
+    struct model *model;
+    struct attention_config attention;
+    int max_tokens, max_rows, n_layers, n_rows, n_tokens;
+    size_t q_floats, kv_floats; /* of a row: q, and k with v */
+    float *kv, *q;              /* as struct lesson has them */
+    size_t kv_bytes, q_bytes;
+    float *cosines, *sines, *far_cosines, *far_sines;
+    int *rows, *eligible;
+    int at,
+        next_row; /* of the step in progress: its first token, the first of rows not before it */
+};
+
+static size_t kv_bytes(const struct model_info *i, int max_tokens) {
+    return (size_t)i->n_layers * (size_t)max_tokens * 2 * (size_t)i->attention.n_kv_heads *
+           (size_t)i->attention.head_dim * sizeof(float);
+}
+static size_t q_bytes(const struct model_info *i, int max_rows) {
+    return (size_t)i->n_layers * (size_t)max_rows * (size_t)i->attention.n_heads *
+           (size_t)i->attention.head_dim * sizeof(float);
+}
+size_t teacher_bytes(const struct model_info *info, int max_tokens, int max_rows) {
+    return kv_bytes(info, max_tokens) + q_bytes(info, max_rows);
+}
+
+static void take(void *arg, int layer, const float *qkv, int n_rows) {
+    struct teacher *t = arg;
+    size_t row = t->q_floats + t->kv_floats;
+    float *kv = t->kv + ((size_t)layer * (size_t)t->n_tokens + (size_t)t->at) * t->kv_floats;
+    for (int i = 0; i < n_rows; i++)
+        memcpy(kv + (size_t)i * t->kv_floats, qkv + (size_t)i * row + t->q_floats,
+               t->kv_floats * sizeof *kv);
+    float *q = t->q + (size_t)layer * (size_t)t->n_rows * t->q_floats;
+    for (int r = t->next_row; r < t->n_rows && t->rows[r] < t->at + n_rows; r++)
+        memcpy(q + (size_t)r * t->q_floats, qkv + (size_t)(t->rows[r] - t->at) * row,
+               t->q_floats * sizeof *q);
+}
+
+enum err teacher_new(struct teacher **out, struct model *model,
+                     const struct attention_config *attention, int max_tokens, int max_rows) {
+    const struct model_info *info = model_info(model);
+    const struct rope *rope = model_rope(model);
+    struct teacher *t = calloc(1, sizeof *t);
+    if (!t) return ERR_NOMEM;
+    size_t half = (size_t)attention->head_dim / 2, tokens = (size_t)max_tokens;
+    t->model = model;
+    t->attention = *attention;
+    t->max_tokens = max_tokens;
+    t->max_rows = max_rows;
+    t->n_layers = info->n_layers;
+    t->q_floats = (size_t)attention->n_heads * (size_t)attention->head_dim;
+    t->kv_floats = 2 * (size_t)attention->n_kv_heads * (size_t)attention->head_dim;
+    t->kv_bytes = kv_bytes(info, max_tokens);
+    t->q_bytes = q_bytes(info, max_rows);
+    t->kv = memory_map(t->kv_bytes);
+    t->q = memory_map(t->q_bytes);
+    t->rows = calloc((size_t)max_rows, sizeof *t->rows);
+    t->eligible = calloc(tokens, sizeof *t->eligible);
+    t->cosines = calloc(tokens * half + 1, sizeof *t->cosines);
+    t->sines = calloc(tokens * half + 1, sizeof *t->sines);
+    t->far_cosines = calloc(half + 1, sizeof *t->far_cosines);
+    t->far_sines = calloc(half + 1, sizeof *t->far_sines);
+    if (!t->kv || !t->q || !t->rows || !t->eligible || !t->cosines || !t->sines ||
+        !t->far_cosines || !t->far_sines) {
+        teacher_free(t);
+        return ERR_NOMEM;
+    }
+    for (size_t p = 0; rope && p < tokens; p++)
+        rope_angles(rope, (int64_t)p, t->cosines + p * half, t->sines + p * half);
+    if (rope) rope_angles(rope, attention->max_distance, t->far_cosines, t->far_sines);
+    *out = t;
+    return OK;
+}
+
+void teacher_free(struct teacher *t) {
+    if (!t) return;
+    memory_unmap(t->kv, t->kv_bytes);
+    memory_unmap(t->q, t->q_bytes);
+    free(t->rows);
+    free(t->eligible);
+    free(t->cosines);
+    free(t->sines);
+    free(t->far_cosines);
+    free(t->far_sines);
+    free(t);
+}
+
+/* One row from each of n_rows even parts of those that have linear keys; returns how many there
+ * are. */
+static int draw_rows(struct teacher *t, const struct pack *pack, int n_rows, int64_t seed,
+                     int stream, int64_t number) {
+    int n = 0, sinks;
+    int64_t from;
+    for (int d = 0; d < pack->n_documents; d++)
+        for (int i = pack->first[d]; i < pack->first[d + 1]; i++)
+            if (lesson_linear_keys(&t->attention, i - pack->first[d], &sinks, &from) > 0)
+                t->eligible[n++] = i;
+    t->n_rows = n < n_rows ? n : n_rows;
+    for (int r = 0; r < t->n_rows; r++) {
+        int first = (int)((int64_t)r * n / t->n_rows), end = (int)((r + 1LL) * n / t->n_rows);
+        uint64_t draw = chance(seed, stream, number, ROW_DRAWS + (uint64_t)r);
+        t->rows[r] = t->eligible[first + (int)(draw % (uint64_t)(end - first))];
+    }
+    return n;
+}
+
+enum err teacher_read(struct teacher *t, const struct pack *pack, int n_rows, int64_t seed,
+                      int stream, int64_t number, struct lesson *out, double *share, char *msg,
+                      size_t msg_len) {
+    if (pack->n > t->max_tokens || n_rows > t->max_rows) return ERR_ARG;
+    t->n_tokens = pack->n;
+    *share = (double)draw_rows(t, pack, n_rows, seed, stream, number) / pack->n;
+    model_set_tap(t->model, take, t);
+    t->next_row = 0;
+    enum err e = OK;
+    for (int d = 0; !e && d < pack->n_documents; d++) {
+        model_slot_clear(t->model, 0);
+        for (int i = pack->first[d]; !e && i < pack->first[d + 1]; i += CHUNK) {
+            int left = pack->first[d + 1] - i;
+            struct model_run run = {.n_rows = left < CHUNK ? left : CHUNK,
+                                    .tokens = pack->tokens + i};
+            const float *none;
+            t->at = i;
+            while (t->next_row < t->n_rows && t->rows[t->next_row] < i)
+                t->next_row++;
+            e = model_step(t->model, &run, 1, &none);
+        }
+    }
+    model_set_tap(t->model, NULL, NULL);
+    if (e)
+        return err_set(msg, msg_len, e, "%s: the model refused to read a text of %d tokens (%s)",
+                       model_info(t->model)->name, pack->n, err_name(e));
+    bool rope = model_rope(t->model);
+    *out = (struct lesson){.n_tokens = pack->n,
+                           .n_documents = pack->n_documents,
+                           .n_rows = t->n_rows,
+                           .first = pack->first,
+                           .rows = t->rows,
+                           .kv = t->kv,
+                           .q = t->q,
+                           .cosines = rope ? t->cosines : NULL,
+                           .sines = rope ? t->sines : NULL,
+                           .far_cosines = t->far_cosines,
+                           .far_sines = t->far_sines};
+    return OK;
+}

@@ -1,0 +1,53 @@
+/* training.h - the maps of all layers while they learn: parameters, calibration, AdamW.
+ *
+ * Layers learn side by side and know nothing of each other: one layer's loss, gradient, norm and
+ * step depend on the teacher and on its own parameters.  Tasks (a layer's kv head) are dealt to the
+ * team, and each sums what is its own in one order, so results are the same bits for any number of
+ * threads. */
+#ifndef URCHIN_CONVERT_TRAINING_H
+#define URCHIN_CONVERT_TRAINING_H
+
+#include "compute/team.h"
+#include "convert/recipe.h"
+#include "convert/student.h"
+
+struct training {
+    const struct recipe *recipe; /* borrowed, team too */
+    struct team *team;
+    int n_layers, n_heads;
+    size_t n_layer_params, n_params;
+    float *w, *m, *v, *g; /* [n_layers][n_layer_params]: parameters, Adam's moments, gradient */
+    int64_t step;         /* steps done */
+    struct student_sums
+        *sums; /* [n_layers][n_heads] of the step in progress, or of a measurement */
+    struct student_scratch **scratch; /* [threads] */
+    double *norms;                    /* [n_layers] */
+};
+
+enum err training_new(struct training **out, const struct recipe *recipe, int n_layers,
+                      struct team *team, int max_tokens, int max_rows);
+void training_free(struct training *t); /* NULL is fine */
+size_t training_bytes(const struct recipe *r, int n_layers, int n_threads, int max_tokens,
+                      int max_rows);
+
+/* Before the first step: maps are init_scale times the identity (under the exp map less where a
+ * head's keys or queries are so large that |u| would pass 10), and c_h so that linear terms have
+ * the mean log of the softmax terms they stand for, over the lesson's rows (conversion.md 2). */
+void training_begin(struct training *t, const struct lesson *lesson);
+
+/* What the pupils make of a lesson, into t->sums (added to: clear them first), with outputs. */
+void training_measure(struct training *t, const struct lesson *lesson);
+void training_clear_sums(struct training *t);
+
+/* Adds a lesson's gradient, and its sums. */
+void training_learn(struct training *t, const struct lesson *lesson);
+
+/* Takes the step: each layer's gradient, clipped to norm 1, by AdamW at the schedule's rate.
+ * ERR_ARG, nothing changed: a gradient is not finite, *layer says where. */
+enum err training_step(struct training *t, int *layer);
+
+/* Means over layers and heads of what sums hold. */
+double training_kl(const struct training *t, const struct student_sums *sums);
+double training_error(const struct training *t, const struct student_sums *sums); /* relative */
+
+#endif
