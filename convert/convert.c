@@ -150,6 +150,7 @@ static enum err take_identity(struct conversion *c) {
     cJSON_AddItemToObject(run->identity, "attention_transfer", recipe_training_json(&run->recipe));
     cJSON_AddItemToObject(run->identity, "text", corpus_json(c->corpus));
     cJSON_AddStringToObject(run->identity, "weights", weight_type_name(run->base->weights));
+    cJSON_AddStringToObject(run->identity, "kv_type", c->settings->kv_type);
     return run->identity ? OK : no_memory(c);
 }
 
