@@ -30,6 +30,7 @@ static void start_from(struct recipe *r, const char *name, const struct base_con
                                    .mixing = MIXING_UNIFIED};
     r->name = name;
     r->ce = 1;
+    r->init_scale = 1; /* SmolLM2, 40 steps: KL 0.128; from 0.5 0.143, 0.25 0.176, 1.5 0.128 */
     if (!strcmp(name, "urchin")) {
         a->sinks = 1;
         a->cache_size = 128;
@@ -39,13 +40,11 @@ static void start_from(struct recipe *r, const char *name, const struct base_con
         a->map_before_rope = true;
         r->lr = 0.02;
         r->lr_mix = 0.05;
-        r->init_scale = 0.25;
         r->calibrate = true;
         r->one_cycle = true;
         return;
     }
     r->lr = r->lr_mix = 0.01;
-    r->init_scale = 1;
     a->key_map_per_query_head = true;
     if (!strcmp(name, "lolcats")) {
         a->map = MAP_SOFTMAX2;
