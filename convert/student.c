@@ -18,11 +18,12 @@ enum { GROUP = 16 };
 const struct convert_kernels *convert_kernels(void) {
 #if defined(__x86_64__)
     switch (cpu_isa()) {
+    case CPU_AMX: /* which has AVX-512 too */
     case CPU_AVX512:
         return &convert_kernels_avx512;
     case CPU_AVX2:
         return &convert_kernels_avx2;
-    case CPU_GENERIC:
+    default:
         break;
     }
 #endif
