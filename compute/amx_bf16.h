@@ -54,8 +54,8 @@ static void split_row(uint16_t *parts, int row, const float *x, int n_in) {
 }
 
 /* The sums of one panel and the parts of 5 rows of x, or 10 (`two`). */
-V_FN void sum_parts(float (*sums)[SPLIT_TILE][PANEL], const uint16_t *x, const unsigned char *w,
-                    int n_blocks, int two, int first_time) {
+V_FN void sum_parts(float (*sums)[PANEL], const uint16_t *x, const unsigned char *w, int n_blocks,
+                    int two, int first_time) {
     const size_t stride = (size_t)n_blocks * LINE;
     tile_zero(BF16_SUMS);
     tile_zero(BF16_SUMS + 1);
@@ -74,15 +74,15 @@ V_FN void sum_parts(float (*sums)[SPLIT_TILE][PANEL], const uint16_t *x, const u
         tile_dot_bf16(BF16_SUMS + 2, BF16_X + 1, BF16_W);
         tile_dot_bf16(BF16_SUMS + 3, BF16_X + 1, BF16_W + 1);
     }
-    tile_store(BF16_SUMS, sums[0][0], PANEL * sizeof(float));
-    tile_store(BF16_SUMS + 1, sums[0][0] + 16, PANEL * sizeof(float));
-    tile_store(BF16_SUMS + 2, sums[1][0], PANEL * sizeof(float));
-    tile_store(BF16_SUMS + 3, sums[1][0] + 16, PANEL * sizeof(float));
+    tile_store(BF16_SUMS, sums[0], PANEL * sizeof(float));
+    tile_store(BF16_SUMS + 1, sums[0] + 16, PANEL * sizeof(float));
+    tile_store(BF16_SUMS + 2, sums[SPLIT_TILE], PANEL * sizeof(float));
+    tile_store(BF16_SUMS + 3, sums[SPLIT_TILE] + 16, PANEL * sizeof(float));
 }
 
 /* Groups of rows that are not full go on into rows of x that are not of this call. */
 static void matmul_bf16_amx(const struct matmul_args *a, int first_panel, int end_panel) {
-    _Alignas(64) float sums[2][SPLIT_TILE][PANEL];
+    _Alignas(64) float sums[2 * SPLIT_TILE][PANEL];
     const size_t row_parts = (size_t)a->n_blocks * BLOCK * SPLIT_PARTS;
     tiles_configure(&bf16_shapes);
     for (int panel = first_panel; panel < end_panel; panel++)
@@ -95,9 +95,9 @@ static void matmul_bf16_amx(const struct matmul_args *a, int first_panel, int en
                 if (columns <= 0) break;
                 v16 bias = a->bias ? load_up_to(a->bias + column, columns) : v16_zero();
                 for (int m = 0; m < n; m++) {
-                    const float *part = sums[0][m * SPLIT_PARTS] + 16 * h;
-                    v16 y = v16_add(v16_load(part), v16_load(part + PANEL));
-                    y = v16_add(y, v16_load(part + 2 * PANEL));
+                    float(*part)[PANEL] = &sums[m * SPLIT_PARTS];
+                    v16 y = v16_add(v16_load(part[0] + 16 * h), v16_load(part[1] + 16 * h));
+                    y = v16_add(y, v16_load(part[2] + 16 * h));
                     store_up_to(a->y + (size_t)(row + m) * a->y_stride + column,
                                 a->bias ? v16_add(y, bias) : y, columns);
                 }
