@@ -14,6 +14,7 @@
 #include <string>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define ASAN 1
 #else
@@ -142,6 +143,9 @@ static void begin_fibre() {
 
 static void prepare(fibre &f) {
     if (!f.stack) f.stack = (char *)malloc(STACK_BYTES);
+#if ASAN
+    __asan_unpoison_memory_region(f.stack, STACK_BYTES); /* frames that were left for good */
+#endif
     char *top = (char *)(((uintptr_t)f.stack + STACK_BYTES) & ~(uintptr_t)15);
 #if defined(__x86_64__)
     void **at = (void **)top;
