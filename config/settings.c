@@ -66,7 +66,7 @@ static const struct row rows[] = {
     {"kv-type", CHOICE, AT(kv_type), ALL, "bf16", 0, 0, 0, "bf16|fp32", "precision of exact keys and values"},
     {"chat-template", CHOICE, AT(chat_template), ALL, NULL, 0, 0, 0, "chatml|llama2|llama3|mistral|phi3|gemma|zephyr|none", "chat format, instead of the one recognised in the model's own template"},
     {"threads", INT, AT(threads), ALL, "0", 0, 1024, 0, "N", "threads for the model; 0: as many as there are CPUs"},
-    {"isa", CHOICE, AT(isa), ALL, "auto", 0, 0, 0, "auto|generic|avx2|avx512|amx|dotprod", "most modern instruction family that the kernels may use"},
+    {"isa", CHOICE, AT(isa), ALL, "auto", 0, 0, 0, "auto|generic|avx2|avx512|amx|dotprod", "most modern instruction family that the kernels may use; auto: the best the machine has, but amx only where it is named"},
     {"max-seq-len", INT64, AT(max_seq_len), ALL, "0", 0, BIG, 0, "N", "longest sequence in tokens; 0: the model's own (Hedgehog: no limit)"},
     {"cache-size", INT, AT(cache_size), ALL, "-1", -1, 1 << 20, 0, "N", "places of the recall cache; -1: the model's"},
     {"cache-recent", INT, AT(cache_recent), ALL, "-1", -1, 1 << 20, 0, "N", "places of the recall cache that prefer recent keys; -1: the model's"},
