@@ -173,7 +173,7 @@ test: ## all tests; the last line counts them
 	@$(if $(SAN),URCHIN_CACHE=$(BUILD)) tests/run $(TESTED) # sanitized, without the default model: ten times slower
 
 asan: ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(MAKE) --no-print-directory test BUILD=$(BUILD)-asan \
+	@$(MAKE) --no-print-directory test BUILD=$(BUILD)-asan EMULATED='$$(GPU_TESTS)' \
 	    SAN="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 tsan: ## the tests of what has threads under ThreadSanitizer; the emulated device has none, but fibres that it does not know
