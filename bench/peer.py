@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """peer.py - Urchin beside llama.cpp on this machine, in one run: same weights, same formats, same threads.
 
-    python3 bench/peer.py --llama BIN [--rows decode,batch,prefill,server,start] [--depths 0,1024,4096] [--quick]
+    python3 bench/peer.py --llama BIN [--rows decode,batch,prefill,server,start] [--depths 0,1024,4096] [--formats int8]
 
 BIN is the folder with llama-bench, llama-batched-bench, llama-server and llama-quantize of a build of llama.cpp (any: it is the user's
 own; the package llama-cpp-python carries its sources).  Peers read the default model's own base, requantised by llama-quantize to
@@ -26,7 +26,6 @@ import server_load
 
 MODEL = "models/smollm2-135m-hedgehog"
 BASE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-FORMATS = {"int8": "Q8_0", "int4": "Q4_0", "bf16": "BF16"}  # ours -> theirs
 
 
 def base_file():
@@ -87,7 +86,7 @@ def heading(what):
 def decode(p):
     heading("Decode, one sequence")
     for weights, kind in [("int8", "Q8_0"), ("int4", "Q4_0"), ("int4", "Q4_1"), ("bf16", "BF16")]:
-        for depth in p.o.depths:
+        for depth in p.o.depths if weights in p.o.formats else []:
             if weights != "int8" and depth > 4096:
                 continue
             ours, on, off = p.turns(
@@ -99,7 +98,7 @@ def decode(p):
 def prefill(p):
     heading("Prompt of 512 tokens")
     for weights, kind in [("int8", "Q8_0"), ("bf16", "BF16")]:
-        for depth in (0, 4096):
+        for depth in (0, 4096) if weights in p.o.formats else ():
             ours, on, off = p.turns(
                 lambda: p.ours(weights, "--n-prompt", 512, "--n-gen", 1, "--batch", 1, "--depth", depth)[0]["tokens_per_s"],
                 *(lambda flash=flash: p.llama_bench(kind, flash, "-p", 512, "-n", 0, "-d", depth)[0]["avg_ts"] for flash in (1, 0)))
@@ -216,8 +215,10 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rows", default="decode,batch,prefill,server,start")
     parser.add_argument("--depths", default="0,1024,4096,8192,16384,32768")
+    parser.add_argument("--formats", default="int8,int4,bf16", help="of decode and prefill")
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
+    options.formats = options.formats.split(",")
     options.depths = [int(d) for d in options.depths.split(",")]
     options.llama = options.llama.resolve()
     os.chdir(HERE.parent)
