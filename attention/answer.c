@@ -51,7 +51,7 @@ static int clamped_entries(const struct attention *a, const struct memory *m,
 }
 
 void answer_part(const struct layer_job *job, const struct segment *segment, int kv_head, int part,
-                 struct scratch *tmp) {
+                 const struct ahead *ahead, struct scratch *tmp) {
     const struct attention *a = job->a;
     const struct attention_weights *w = &a->weights[job->layer];
     int heads_parts = (a->group + segment->part_heads - 1) / segment->part_heads;
@@ -79,6 +79,7 @@ void answer_part(const struct layer_job *job, const struct segment *segment, int
         .linear_off = a->linear_off,
         .y = job->y + row * job->y_row + head * D,
         .y_row = job->y_row,
+        .ahead = *ahead,
     };
     ask.n_spans = answer_spans(a, &m, position, ask.spans, &ask.growing);
     ask.n_clamped = clamped_entries(a, &m, ask.spans, ask.n_spans, position);

@@ -5,12 +5,17 @@
  * first phase appends:
  *
  *   append   one task per segment and kv head: a block that begins folds and chooses; keys and
- * values are stored answer   one task per group of at most MAX_QUERIES (row, head) pairs; and
- * scoring for the next block's choice, which like them only reads the memory
+ *            values are stored
+ *   answer   one task per group of at most MAX_QUERIES (row, head) pairs; and scoring for the next
+ *            block's choice, which like them only reads the memory
  *
- * Sliding windows and pure linear attention change the state at every row: there one task is a
- * whole run of one kv head. Tasks are dealt out by a counter; each owns what it writes, so who does
- * which does not matter. */
+ * A segment whose rows and heads are one group, as one row of many sequences is, needs no second
+ * phase.  Sliding windows and pure linear attention change the state at every row: there one task
+ * is a whole run of one kv head.
+ *
+ * Each thread has its share of a phase's tasks, one after the other, so it knows which comes next
+ * and asks for that one's memory while it computes; whoever is done takes from the others.  A task
+ * owns what it writes, so who does which does not matter. */
 #include "attention/internal.h"
 
 #include "compute/cpu.h"
@@ -238,7 +243,8 @@ static size_t place_scratch(const struct attention *a, struct scratch *t, char *
 static enum err new_scratch(struct attention *a) {
     a->n_threads = team_size(a->team);
     a->scratch = calloc((size_t)a->n_threads, sizeof *a->scratch);
-    if (!a->scratch) return ERR_NOMEM;
+    a->deals = aligned_alloc(_Alignof(struct deal), (size_t)a->n_threads * sizeof *a->deals);
+    if (!a->scratch || !a->deals) return ERR_NOMEM;
     for (int t = 0; t < a->n_threads; t++)
         a->scratch_bytes = place_scratch(a, &a->scratch[t], NULL, a->scratch_bytes);
     a->scratch_block = memory_map(a->scratch_bytes);
@@ -314,6 +320,7 @@ void attention_free(struct attention *a) {
     if (!a) return;
     memory_unmap(a->scratch_block, a->scratch_bytes);
     free(a->scratch);
+    free(a->deals);
     free(a->padded);
     free(a->weights);
     free(a->runs);
@@ -357,7 +364,7 @@ static bool row_by_row(const struct attention *a) {
 }
 
 /* How the rows and heads of one kv head are cut into questions. */
-static void deal(const struct attention *a, struct segment *s, int most_heads) {
+static void cut(const struct attention *a, struct segment *s, int most_heads) {
     s->part_rows = s->n_rows < MAX_QUERIES ? s->n_rows : MAX_QUERIES;
     s->part_heads = MAX_QUERIES / s->part_rows;
     if (s->part_heads > most_heads) s->part_heads = most_heads;
@@ -365,11 +372,11 @@ static void deal(const struct attention *a, struct segment *s, int most_heads) {
     s->n_parts = row_parts * ((a->group + s->part_heads - 1) / s->part_heads);
 }
 
-/* The segments of a wave: each run's rows from `done` on, up to the end of its block.  False: no
- * run has any left. */
-static bool plan_wave(struct attention *a, int wave, int most_heads) {
+/* The segments of a wave: each run's rows from `done` on, up to the end of its block.  Returns the
+ * number of questions in all; 0: no run has any rows left. */
+static int plan_wave(struct attention *a, int wave, int most_heads) {
     int64_t w = a->config.kind == ATTENTION_SOFTMAX ? a->config.max_seq_len : a->config.window_size;
-    int n = 0, tasks = 0;
+    int n = 0, questions = 0;
     for (int i = 0; i < a->n_runs; i++) {
         int64_t first = a->positions[i], end = first + a->runs[i].n_rows;
         int64_t from = wave == 0 ? first : (first / w + wave) * w;
@@ -379,80 +386,128 @@ static bool plan_wave(struct attention *a, int wave, int most_heads) {
         *s = (struct segment){.run = i,
                               .first_row = a->runs[i].first_row + (int)(from - first),
                               .n_rows = (int)(to - from),
-                              .position = from,
-                              .first_task = tasks};
-        deal(a, s, most_heads);
-        tasks += s->n_parts * a->config.n_kv_heads;
+                              .position = from};
+        cut(a, s, most_heads);
+        questions += s->n_parts * a->config.n_kv_heads;
     }
     a->n_segments = n;
-    return n > 0;
+    return questions;
 }
 
-static int wave_tasks(const struct attention *a) {
-    const struct segment *last = &a->segments[a->n_segments - 1];
-    return last->first_task + last->n_parts * a->config.n_kv_heads;
+/* The second phase's tasks: of each segment that is not whole, scoring, which takes longest, and
+ * questions.  Returns how many. */
+static int plan_answers(struct attention *a, int layer) {
+    int n = 0;
+    for (int i = 0; i < a->n_segments; i++) {
+        struct segment *s = &a->segments[i];
+        s->first_task = n;
+        s->scores = memory_scores_in(a, layer, s);
+        if (s->n_parts > 1) n += (s->n_parts + s->scores) * a->config.n_kv_heads;
+    }
+    return n;
 }
 
+/* ---- tasks ---- */
+
+static void run_tasks(struct layer_job *job, void (*tasks)(void *, int, int), int n_tasks) {
+    struct attention *a = job->a;
+    for (int t = 0; t < a->n_threads; t++) {
+        atomic_store(&a->deals[t].next, (int)((int64_t)n_tasks * t / a->n_threads));
+        a->deals[t].end = (int)((int64_t)n_tasks * (t + 1) / a->n_threads);
+    }
+    job->n_tasks = n_tasks;
+    if (n_tasks) team_run(a->team, tasks, job);
+}
+
+/* The thread's next task: of its own share, so that what comes after it is known, then of others'.
+ * -1: there is none. */
+static int next_task(struct attention *a, int thread) {
+    for (int i = 0; i < a->n_threads; i++) {
+        struct deal *d = &a->deals[(thread + i) % a->n_threads];
+        if (atomic_load_explicit(&d->next, memory_order_relaxed) >= d->end) continue;
+        int task = atomic_fetch_add(&d->next, 1);
+        if (task < d->end) return task;
+    }
+    return -1;
+}
+
+static struct ahead ahead_of(const struct layer_job *job, const struct segment *s, int kv_head) {
+    return memory_ahead(job->a, s, job->layer, kv_head);
+}
+
+/* A segment that is one question does everything at once; of the others keys enter. */
 static void append_tasks(void *arg, int thread, int n_threads) {
     struct layer_job *job = arg;
-    const struct attention *a = job->a;
+    struct attention *a = job->a;
+    struct scratch *tmp = &a->scratch[thread];
+    int n_kv = a->config.n_kv_heads;
     (void)n_threads;
-    for (int task; (task = atomic_fetch_add(&job->next, 1)) < job->n_tasks;) {
-        int kv_head = task % a->config.n_kv_heads;
-        memory_append(job, &a->segments[task / a->config.n_kv_heads], kv_head, &a->scratch[thread]);
+    for (int task; (task = next_task(a, thread)) >= 0;) {
+        const struct segment *s = &a->segments[task / n_kv];
+        int kv_head = task % n_kv, next = task + 1;
+        struct ahead ahead = {0};
+        memory_append(job, s, kv_head, tmp);
+        if (s->n_parts > 1) continue;
+        if (next < job->n_tasks && a->segments[next / n_kv].n_parts == 1)
+            ahead = ahead_of(job, &a->segments[next / n_kv], next % n_kv);
+        answer_part(job, s, kv_head, 0, &ahead, tmp);
+        if (s->scores) memory_score_next(a, job->layer, s, kv_head, tmp);
     }
 }
 
-static void answer_task(const struct layer_job *job, int task, struct scratch *tmp) {
-    const struct attention *a = job->a;
+struct answer_task { /* part -1: scoring */
+    const struct segment *segment;
+    int kv_head, part;
+};
+
+static struct answer_task answer_task(const struct attention *a, int task) {
     const struct segment *s = a->segments + a->n_segments - 1;
-    while (s->first_task > task)
+    while (s->first_task > task || s->n_parts == 1)
         s--;
+    int n_kv = a->config.n_kv_heads, scoring = s->scores ? n_kv : 0;
     task -= s->first_task;
-    answer_part(job, s, task / s->n_parts, task % s->n_parts, tmp);
+    if (task < scoring) return (struct answer_task){s, task, -1};
+    task -= scoring;
+    return (struct answer_task){s, task / s->n_parts, task % s->n_parts};
 }
 
 static void answer_tasks(void *arg, int thread, int n_threads) {
     struct layer_job *job = arg;
-    const struct attention *a = job->a;
+    struct attention *a = job->a;
     struct scratch *tmp = &a->scratch[thread];
     (void)n_threads;
-    for (int task; (task = atomic_fetch_add(&job->next, 1)) < job->n_tasks;) {
-        if (task >= job->n_scoring) {
-            answer_task(job, task - job->n_scoring, tmp);
+    for (int task; (task = next_task(a, thread)) >= 0;) {
+        struct answer_task t = answer_task(a, task), next = t;
+        if (t.part < 0) {
+            memory_score_next(a, job->layer, t.segment, t.kv_head, tmp);
             continue;
         }
-        const struct segment *s =
-            &a->segments[task / a->config.n_kv_heads]; /* first, for it takes longest */
-        if (memory_scores_in(a, job->layer, s))
-            memory_score_next(a, job->layer, s, task % a->config.n_kv_heads, tmp);
+        if (task + 1 < job->n_tasks) next = answer_task(a, task + 1);
+        struct ahead ahead = {0};
+        if (next.segment != t.segment || next.kv_head != t.kv_head)
+            ahead = ahead_of(job, next.segment, next.kv_head);
+        answer_part(job, t.segment, t.kv_head, t.part, &ahead, tmp);
     }
 }
 
 static void row_tasks(void *arg, int thread, int n_threads) {
     struct layer_job *job = arg;
-    const struct attention *a = job->a;
+    struct attention *a = job->a;
     struct scratch *tmp = &a->scratch[thread];
     (void)n_threads;
-    for (int task; (task = atomic_fetch_add(&job->next, 1)) < job->n_tasks;) {
+    for (int task; (task = next_task(a, thread)) >= 0;) {
         int i = task / a->config.n_kv_heads, kv_head = task % a->config.n_kv_heads;
         for (int r = 0; r < a->runs[i].n_rows; r++) {
             struct segment s = {.run = i,
                                 .first_row = a->runs[i].first_row + r,
                                 .n_rows = 1,
                                 .position = a->positions[i] + r};
-            deal(a, &s, a->group);
+            cut(a, &s, a->group);
             memory_append(job, &s, kv_head, tmp);
             for (int part = 0; part < s.n_parts; part++)
-                answer_part(job, &s, kv_head, part, tmp);
+                answer_part(job, &s, kv_head, part, &(struct ahead){.n = 0}, tmp);
         }
     }
-}
-
-static void run_tasks(struct layer_job *job, void (*tasks)(void *, int, int), int n_tasks) {
-    job->n_tasks = n_tasks;
-    atomic_store(&job->next, 0);
-    team_run(job->a->team, tasks, job);
 }
 
 void attention_layer(struct attention *a, int layer, float *y, size_t y_stride, const float *q,
@@ -473,14 +528,10 @@ void attention_layer(struct attention *a, int layer, float *y, size_t y_stride, 
         run_tasks(&job, row_tasks, a->n_runs * n_kv);
         return;
     }
-    for (int wave = 0; plan_wave(a, wave, a->group); wave++) {
-        if (wave_tasks(a) < 2 * a->n_threads)
-            plan_wave(a, wave, 1); /* too few to share out evenly */
+    for (int wave = 0, n; (n = plan_wave(a, wave, a->group)); wave++) {
+        if (n < 2 * a->n_threads) plan_wave(a, wave, 1); /* too few to share out evenly */
+        int n_answers = plan_answers(a, layer);
         run_tasks(&job, append_tasks, a->n_segments * n_kv);
-        bool scoring = false;
-        for (int i = 0; i < a->n_segments; i++)
-            scoring |= memory_scores_in(a, layer, &a->segments[i]);
-        job.n_scoring = scoring ? a->n_segments * n_kv : 0;
-        run_tasks(&job, answer_tasks, job.n_scoring + wave_tasks(a));
+        run_tasks(&job, answer_tasks, n_answers);
     }
 }

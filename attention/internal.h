@@ -62,7 +62,9 @@ struct scratch { /* one thread's */
 struct segment { /* rows of one run that see the same blocks */
     int run, first_row, n_rows;
     int64_t position;                               /* of its first row */
-    int part_rows, part_heads, n_parts, first_task; /* how its questions are dealt out */
+    int part_rows, part_heads, n_parts; /* how its questions are cut */
+    int first_task;                     /* of the second phase */
+    bool scores;                        /* does the scoring for the next choice */
 };
 
 struct attention {
@@ -79,6 +81,7 @@ struct attention {
     uint64_t fingerprint;
 
     int n_threads;
+    struct deal *deals;      /* [n_threads] */
     struct scratch *scratch; /* [n_threads], pieces of scratch_block */
     void *scratch_block;
     size_t scratch_bytes;
@@ -97,14 +100,19 @@ struct attention {
     int imposed_blocks;
 };
 
-/* The tensors of a step's layer, and the counter its tasks are dealt out by. */
+/* A thread's share of a phase's tasks: next .. end - 1.  Whoever is done takes from the others. */
+struct deal {
+    _Alignas(64) atomic_int next;
+    int end;
+};
+
+/* The tensors of a step's layer. */
 struct layer_job {
     struct attention *a;
-    int layer, n_tasks, n_scoring;
+    int layer, n_tasks;
     float *y;
     const float *q, *k, *v;
     size_t y_row, q_row, k_row, v_row;
-    atomic_int next;
 };
 
 static inline struct slot_header *slot_header(const void *slot) {
@@ -136,8 +144,12 @@ void memory_score_next(const struct attention *a, int layer, const struct segmen
  * last entry is the row's own key. */
 int answer_spans(const struct attention *a, const struct memory *m, int64_t position,
                  struct span spans[MAX_SPANS], int *growing);
+/* Answers one part of a segment's rows and heads, and asks for what is ahead meanwhile. */
 void answer_part(const struct layer_job *job, const struct segment *segment, int kv_head, int part,
-                 struct scratch *tmp);
+                 const struct ahead *ahead, struct scratch *tmp);
+/* What whoever appends to and answers from this memory will read. */
+struct ahead memory_ahead(const struct attention *a, const struct segment *segment, int layer,
+                          int kv_head);
 
 /* ---- slot.c ---- */
 void layout_init(struct attention *a);

@@ -31,11 +31,6 @@ struct operand { /* a[r][i] at r * row + i * step */
     size_t row, step;
 };
 
-V_FN v16 load(const void *p, enum kv_type type, size_t element) {
-    if (type == KV_BF16) return v16_load_bf16((const uint16_t *)p + element);
-    return v16_load((const float *)p + element);
-}
-
 /* How many rows and vectors are summed side by side: as many as fit the registers.  (Instrumented
  * code is slow anyhow, and gcc 12 takes half a minute over the big tiles.) */
 #if V_PARTS == 4 || defined(__SANITIZE_ADDRESS__)
@@ -46,26 +41,76 @@ enum { ROWS = 4, VECS = 1 };
 enum { ROWS = 4, VECS = 4 };
 #endif
 
-V_FN void block(const int rows, const int vecs, const enum kv_type type, float *y, size_t y_row,
-                bool add, struct operand a, struct panel b, int n) {
-    v16 sum[ROWS][VECS];
+/* Beside every i, LINES cache lines of what is needed next are asked for; where nothing is, step is
+ * 0 and it is one line at hand again and again, which costs nothing. */
+enum { LINE = 64, LINES = 2 };
+struct asked {
+    const char *next;
+    size_t step;
+};
+
+V_FN void ask_for_line(const void *at) {
+    __builtin_prefetch(at, 0, 2); /* into the second level: the first has work at hand */
+}
+
+/* How 16-bit elements are loaded two vectors at a time: from two rows of b (a tile of keys), or from
+ * one (values). */
+enum pairs { FP32, DOWN, ACROSS };
+
+V_FN void load_rows(v16 (*row)[VECS], const int vecs, const enum pairs pairs, struct panel b,
+                    size_t i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vecs; v++) {
+        const size_t at = i * b.row + (size_t)v * b.vec;
+        const uint16_t *half = (const uint16_t *)b.at + at;
+        if (pairs == FP32)
+            row[0][v] = v16_load((const float *)b.at + at);
+        else if (pairs == DOWN)
+            v16_load_bf16_pair(half, &row[0][v], &row[1][v]);
+        else if (v + 1 == vecs && v % 2 == 0)
+            row[0][v] = v16_load_bf16(half);
+        else if (v % 2 == 0)
+            v16_load_bf16_pair(half, &row[0][v], &row[0][v + 1]);
+    }
+}
+
+V_FN void add_products(v16 (*sum)[VECS], const int rows, const int vecs, struct operand a, size_t i,
+                       const v16 *row) {
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+        v16 weight = v16_set1(a.at[(size_t)r * a.row + i * a.step]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++)
+            sum[r][v] = v16_fma(weight, row[v], sum[r][v]);
+    }
+}
+
+V_FN void block(const int rows, const int vecs, const enum pairs pairs, float *y, size_t y_row,
+                bool add, struct operand a, struct panel b, int n, struct asked ask) {
+    const int at_once = pairs == DOWN ? 2 : 1;
+    v16 sum[ROWS][VECS], row[2][VECS];
+    int i = 0;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; v++)
             sum[r][v] = add ? v16_load(y + (size_t)r * y_row + v * TILE) : v16_zero();
-    for (int i = 0; i < n; i++) {
-        v16 row[VECS];
+    for (; i + at_once <= n; i += at_once) {
+        load_rows(row, vecs, pairs, b, (size_t)i);
+        if (pairs == DOWN) /* the next tiles: the hardware sees four short streams, and starts late */
+            for (int v = 0; v < vecs; v++)
+                ask_for_line((const uint16_t *)b.at + (size_t)i * b.row + (size_t)(v + VECS) * b.vec);
+        for (int k = 0; k < at_once * LINES; k++)
+            ask_for_line(ask.next + k * LINE);
+        ask.next += ask.step * at_once;
+        add_products(sum, rows, vecs, a, (size_t)i, row[0]);
+        if (pairs == DOWN) add_products(sum, rows, vecs, a, (size_t)i + 1, row[1]);
+    }
+    if (pairs == DOWN && i < n) {
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; v++)
-            row[v] = load(b.at, type, (size_t)i * b.row + (size_t)v * b.vec);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            v16 weight = v16_set1(a.at[(size_t)r * a.row + (size_t)i * a.step]);
-#pragma GCC unroll 4
-            for (int v = 0; v < vecs; v++)
-                sum[r][v] = v16_fma(weight, row[v], sum[r][v]);
-        }
+            row[0][v] = v16_load_bf16((const uint16_t *)b.at + (size_t)i * b.row + (size_t)v * b.vec);
+        add_products(sum, rows, vecs, a, (size_t)i, row[0]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
@@ -74,33 +119,43 @@ V_FN void block(const int rows, const int vecs, const enum kv_type type, float *
             v16_store(y + (size_t)r * y_row + v * TILE, sum[r][v]);
 }
 
-V_FN void block_rows(int rows, const int vecs, const enum kv_type type, float *y, size_t y_row,
-                     bool add, struct operand a, struct panel b, int n) {
+V_FN void block_rows(int rows, const int vecs, const enum pairs pairs, float *y, size_t y_row,
+                     bool add, struct operand a, struct panel b, int n, struct asked ask) {
     if (ROWS == 4 && rows == 4)
-        block(4, vecs, type, y, y_row, add, a, b, n);
+        block(4, vecs, pairs, y, y_row, add, a, b, n, ask);
     else if (ROWS == 4 && rows == 3)
-        block(3, vecs, type, y, y_row, add, a, b, n);
+        block(3, vecs, pairs, y, y_row, add, a, b, n, ask);
     else if (rows == 2)
-        block(2, vecs, type, y, y_row, add, a, b, n);
+        block(2, vecs, pairs, y, y_row, add, a, b, n, ask);
     else
-        block(1, vecs, type, y, y_row, add, a, b, n);
+        block(1, vecs, pairs, y, y_row, add, a, b, n, ask);
 }
 
-V_FN void block_vecs(int rows, int vecs, const enum kv_type type, float *y, size_t y_row, bool add,
-                     struct operand a, struct panel b, int n) {
+V_FN void block_vecs(int rows, int vecs, const enum pairs pairs, float *y, size_t y_row, bool add,
+                     struct operand a, struct panel b, int n, struct asked ask) {
     if (VECS == 4 && vecs == 4)
-        block_rows(rows, 4, type, y, y_row, add, a, b, n);
+        block_rows(rows, 4, pairs, y, y_row, add, a, b, n, ask);
     else if (VECS == 4 && vecs == 3)
-        block_rows(rows, 3, type, y, y_row, add, a, b, n);
+        block_rows(rows, 3, pairs, y, y_row, add, a, b, n, ask);
     else if (VECS == 4 && vecs == 2)
-        block_rows(rows, 2, type, y, y_row, add, a, b, n);
+        block_rows(rows, 2, pairs, y, y_row, add, a, b, n, ask);
     else
-        block_rows(rows, 1, type, y, y_row, add, a, b, n);
+        block_rows(rows, 1, pairs, y, y_row, add, a, b, n, ask);
 }
 
-/* y[r][16 v ..] (+)= sum_{i < n} a[r][i] b[i][16 v ..], i ascending. */
+/* The next n * LINES lines of what is to be read soon. */
+static struct asked ask_some(struct ahead *ahead, int n, const void *hot) {
+    while (ahead && ahead->n && ahead->range[ahead->n - 1].at >= ahead->range[ahead->n - 1].end)
+        ahead->n--;
+    if (!ahead || !ahead->n) return (struct asked){hot, 0};
+    struct asked ask = {ahead->range[ahead->n - 1].at, LINES * LINE};
+    ahead->range[ahead->n - 1].at += (size_t)n * LINES * LINE;
+    return ask;
+}
+
+/* y[r][16 v ..] (+)= sum_{i < n} a[r][i] b[i][16 v ..], i ascending; ahead may be NULL. */
 static void product(float *y, size_t y_row, bool add, struct operand a, int n_rows, struct panel b,
-                    int n, int n_vecs) {
+                    int n, int n_vecs, struct ahead *ahead) {
     for (int v = 0; v < n_vecs; v += VECS) {
         int vecs = n_vecs - v < VECS ? n_vecs - v : VECS;
         struct panel part = panel_from(b, (size_t)v * b.vec);
@@ -108,10 +163,13 @@ static void product(float *y, size_t y_row, bool add, struct operand a, int n_ro
             int rows = n_rows - r < ROWS ? n_rows - r : ROWS;
             float *out = y + (size_t)r * y_row + (size_t)v * TILE;
             struct operand from = {a.at + (size_t)r * a.row, a.row, a.step};
-            if (b.type == KV_BF16)
-                block_vecs(rows, vecs, KV_BF16, out, y_row, add, from, part, n);
+            struct asked ask = ask_some(ahead, n, out);
+            if (b.type == KV_FP32)
+                block_vecs(rows, vecs, FP32, out, y_row, add, from, part, n, ask);
+            else if (b.row == TILE)
+                block_vecs(rows, vecs, DOWN, out, y_row, add, from, part, n, ask);
             else
-                block_vecs(rows, vecs, KV_FP32, out, y_row, add, from, part, n);
+                block_vecs(rows, vecs, ACROSS, out, y_row, add, from, part, n, ask);
         }
     }
 }
@@ -120,7 +178,7 @@ static void plain_product(float *y, size_t y_row, bool add, const float *a, size
                           size_t a_step, int n_rows, const float *b, size_t b_row, int n,
                           int n_vecs) {
     product(y, y_row, add, (struct operand){a, a_row, a_step}, n_rows,
-            (struct panel){b, KV_FP32, b_row, TILE}, n, n_vecs);
+            (struct panel){b, KV_FP32, b_row, TILE}, n, n_vecs, NULL);
 }
 
 /* ---- small helpers over lanes ---- */
@@ -250,9 +308,9 @@ static void query_features(const struct shape *s, float *phi, const float *u, fl
 
 /* u[r] = x[r] W + bias */
 static void project(const struct shape *s, float *u, const float *x, size_t x_row, int n_rows,
-                    const float *w, const float *bias) {
+                    const float *w, const float *bias, struct ahead *ahead) {
     product(u, (size_t)s->f_lanes, false, (struct operand){x, x_row, 1}, n_rows,
-            panel_fp32(w, s->f_lanes), s->head_dim, s->f_lanes / TILE);
+            panel_fp32(w, s->f_lanes), s->head_dim, s->f_lanes / TILE, ahead);
     for (int r = 0; bias && r < n_rows; r++)
         for (int i = 0; i < s->f_lanes; i += TILE) {
             float *at = u + (size_t)r * s->f_lanes + i;
@@ -262,7 +320,7 @@ static void project(const struct shape *s, float *u, const float *x, size_t x_ro
 
 static void key_features(const struct shape *s, float *phi, const float *x, int n, const float *map,
                          const float *bias, float *u) {
-    project(s, u, x, (size_t)s->head_dim, n, map, bias);
+    project(s, u, x, (size_t)s->head_dim, n, map, bias, NULL);
     for (int j = 0; j < n; j++) {
         float *out = phi + (size_t)j * s->phi_lanes;
         for (int i = s->features; i < s->phi_lanes; i++)
@@ -277,7 +335,7 @@ static void fold(const struct shape *s, float *S, float *z, const float *phi, co
                  int n) {
     struct operand transposed = {phi, 1, (size_t)s->phi_lanes};
     product(S, (size_t)s->lanes, true, transposed, s->features, panel_fp32(v, s->lanes), n,
-            s->lanes / TILE);
+            s->lanes / TILE, NULL);
     for (int j = 0; j < n; j++)
         for (int i = 0; i < s->phi_lanes; i += TILE)
             v16_store(z + i,
@@ -288,7 +346,7 @@ static void self_recall(const struct shape *s, float *error, float *recalled, co
                         const float *z, const float *phi, const float *v, int n) {
     struct operand a = {phi, (size_t)s->phi_lanes, 1};
     product(recalled, (size_t)s->lanes, false, a, n, panel_fp32(S, s->lanes), s->features,
-            s->lanes / TILE);
+            s->lanes / TILE, NULL);
     for (int j = 0; j < n; j++) {
         v16 norm = v16_set1(dot(phi + (size_t)j * s->phi_lanes, z, s->phi_lanes) + 1e-30f);
         v16 sum = v16_zero();
@@ -335,20 +393,22 @@ struct stretch {              /* the tiles that hold all spans of a question */
 
 /* scores[i][e - 16 first] = q_i . k_e, unscaled: clamped entries against q at max_distance. */
 static void score(const struct shape *s, const struct question *ask,
-                  const struct answer_scratch *tmp, struct stretch tiles) {
+                  const struct answer_scratch *tmp, struct stretch tiles, struct ahead *ahead) {
     int n = ask->n_rows * ask->n_heads, D = s->head_dim, clamped_tiles = ask->n_clamped / TILE;
     struct operand turned = {tmp->turned, (size_t)D, 1}, far = {tmp->far, (size_t)D, 1};
     struct panel keys = {ask->keys, s->kv_type, TILE, (size_t)D * TILE};
     int clamped = clamped_tiles - tiles.first;
     if (clamped < 0) clamped = 0;
     product(tmp->scores, (size_t)tiles.stride, false, far, n,
-            panel_from(keys, (size_t)tiles.first * keys.vec), D, clamped);
+            panel_from(keys, (size_t)tiles.first * keys.vec), D, clamped, ahead);
     product(tmp->scores + clamped * TILE, (size_t)tiles.stride, false, turned, n,
-            panel_from(keys, (size_t)(tiles.first + clamped) * keys.vec), D, tiles.count - clamped);
+            panel_from(keys, (size_t)(tiles.first + clamped) * keys.vec), D,
+            tiles.count - clamped, ahead);
     int mixed = ask->n_clamped % TILE; /* clamped lanes of the tile where they end */
     if (!mixed) return;
     float lanes[MAX_QUERIES * TILE];
-    product(lanes, TILE, false, far, n, panel_from(keys, (size_t)clamped_tiles * keys.vec), D, 1);
+    product(lanes, TILE, false, far, n, panel_from(keys, (size_t)clamped_tiles * keys.vec), D, 1,
+            NULL);
     for (int i = 0; i < n; i++)
         memcpy(tmp->scores + (size_t)i * tiles.stride + clamped * TILE, lanes + i * TILE,
                (size_t)mixed * sizeof *lanes);
@@ -413,6 +473,7 @@ static void answer(const struct shape *s, const struct question *ask,
     int D = s->head_dim, half = D / 2, R = ask->n_rows,
         n = R * ask->n_heads; /* query i = h R + r */
     struct stretch tiles = {0};
+    struct ahead ahead = ask->ahead;
     if (ask->n_spans) {
         struct span last = ask->spans[ask->n_spans - 1];
         int grown = ask->growing == ask->n_spans - 1 ? R - 1 : 0;
@@ -433,13 +494,13 @@ static void answer(const struct shape *s, const struct question *ask,
         if (ask->n_clamped)
             rope_rotate(tmp->far + (size_t)i * D, q, ask->far_cosines, ask->far_sines, D);
     }
-    if (ask->n_spans) score(s, ask, tmp, tiles);
+    if (ask->n_spans) score(s, ask, tmp, tiles, &ahead);
     for (int h = 0; ask->linear && h < ask->n_heads; h++) {
         bool plain = s->map_before_rope;
         project(s, tmp->u + (size_t)h * R * s->f_lanes,
                 plain ? ask->q + (size_t)h * D : tmp->turned + (size_t)h * R * D,
                 plain ? ask->q_row : (size_t)D, R, ask->map + (size_t)h * D * s->f_lanes,
-                ask->bias ? ask->bias + (size_t)h * s->f_lanes : NULL);
+                ask->bias ? ask->bias + (size_t)h * s->f_lanes : NULL, &ahead);
     }
 
     float total[MAX_QUERIES]; /* denominators */
@@ -462,7 +523,7 @@ static void answer(const struct shape *s, const struct question *ask,
         struct operand p = {tmp->scores + span.first - tiles.first * TILE, (size_t)tiles.stride, 1};
         struct panel values = {ask->values, s->kv_type, lanes, TILE};
         product(tmp->y, lanes, true, p, n, panel_from(values, (size_t)span.first * lanes),
-                span.count + (k == ask->growing ? R - 1 : 0), s->lanes / TILE);
+                span.count + (k == ask->growing ? R - 1 : 0), s->lanes / TILE, &ahead);
     }
     for (int h = 0; ask->linear && h < ask->n_heads; h++) {
         int rows = ask->state_stride ? R : n; /* one state for all heads: all queries at once */
@@ -470,7 +531,7 @@ static void answer(const struct shape *s, const struct question *ask,
         struct operand phi = {tmp->phi + i * s->phi_lanes, (size_t)s->phi_lanes, 1};
         product(tmp->y + i * lanes, lanes, true, phi, rows,
                 panel_fp32(ask->S + (size_t)h * ask->state_stride, s->lanes), s->features,
-                s->lanes / TILE);
+                s->lanes / TILE, &ahead);
         if (!ask->state_stride) break;
     }
     for (int i = 0; i < n; i++) {
@@ -521,7 +582,8 @@ static void write_value(const struct shape *s, void *values, int entry, const fl
 static void read_value(const struct shape *s, float *v, const void *values, int entry) {
     size_t at = (size_t)entry * s->lanes;
     for (int d = 0; d < s->lanes; d += TILE)
-        v16_store(v + d, load(values, s->kv_type, at + d));
+        v16_store(v + d, s->kv_type == KV_BF16 ? v16_load_bf16((const uint16_t *)values + at + d)
+                                               : v16_load((const float *)values + at + d));
 }
 
 #define TABLE_OF(isa) TABLE_NAME(isa)

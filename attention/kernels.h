@@ -48,6 +48,16 @@ struct span { /* entries first .. first + count - 1 */
     int first, count;
 };
 
+/* Memory that is read soon, by another question: a product asks for some of it beside each of its
+ * own steps, so that neither waits.  The last range first. */
+enum { MAX_AHEAD = 5 };
+struct ahead {
+    struct range {
+        const char *at, *end;
+    } range[MAX_AHEAD];
+    int n;
+};
+
 /* Rows of consecutive positions of one sequence, for some query heads of one kv head. */
 struct question {
     int n_rows, n_heads; /* n_rows * n_heads <= MAX_QUERIES */
@@ -70,6 +80,8 @@ struct question {
 
     float *y; /* row r, head h at y + r * y_row + h * D */
     size_t y_row;
+
+    struct ahead ahead;
 };
 
 /* Where a thread writes between loads: for one question. */

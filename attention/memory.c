@@ -307,6 +307,28 @@ void memory_append(const struct layer_job *job, const struct segment *segment, i
     }
 }
 
+struct ahead memory_ahead(const struct attention *a, const struct segment *segment, int layer,
+                          int kv_head) {
+    const struct layout *l = &a->layout;
+    struct memory m = memory_of(a, a->runs[segment->run].slot, layer, kv_head);
+    struct ahead ahead = {0};
+    const char *values = m.values, *turned = m.turned, *keys = m.keys, *state = (char *)m.state;
+    if (a->config.kind != ATTENTION_HEDGEHOG) return ahead; /* as long as the text */
+    int place = l->sinks + l->cache + (int)(segment->position % l->ring);
+    size_t tile = (size_t)TILE * a->shape.head_dim * element_bytes(a);
+    if (memory_folded(a, segment->position) > 0)
+        ahead.range[ahead.n++] = (struct range){
+            state, state + (size_t)a->state_heads * l->state_floats * sizeof(float)};
+    ahead.range[ahead.n++] = (struct range){values, values + l->values_bytes};
+    ahead.range[ahead.n++] = (struct range){turned, turned + l->keys_bytes};
+    if (keys != turned) /* where the next key goes */
+        ahead.range[ahead.n++] =
+            (struct range){keys + place / TILE * tile, keys + (place / TILE + 1) * tile};
+    ahead.range[ahead.n++] =
+        (struct range){(char *)m.positions, (char *)(m.positions + l->cache)};
+    return ahead;
+}
+
 bool memory_scores_in(const struct attention *a, int layer, const struct segment *segment) {
     const struct attention_config *c = &a->config;
     if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED || !c->cache_size)

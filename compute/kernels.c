@@ -145,6 +145,10 @@ enum { MAX_M = 8 };
 V_FN void prefetch(const unsigned char *line) {
     __builtin_prefetch(line + AHEAD);
 }
+/* The pass of a panel's first rows asks; the others find it in cache. */
+V_FN void prefetch_at_first(int row, const unsigned char *line) {
+    if (row == 0) prefetch(line);
+}
 
 V_FN void store_tile(const struct matmul_args *a, int row, int panel, int M, v16 y[MAX_M][2]) {
     UNROLL for (int h = 0; h < 2; h++) {
@@ -174,8 +178,8 @@ V_FN void tile_fp32(const struct matmul_args *a, int row, int panel, int M) {
     const float *x = a->x + (size_t)row * a->x_stride;
     const unsigned char *w = a->w + (size_t)panel * a->panel_bytes;
     for (int k = 0; k < a->n_in; k++, w += PANEL * sizeof(float)) {
-        prefetch(w);
-        prefetch(w + 64);
+        prefetch_at_first(row, w);
+        prefetch_at_first(row, w + 64);
         add_products(y, a, x + k, M, v16_load((const float *)w), v16_load((const float *)w + 16));
     }
     store_tile(a, row, panel, M, y);
@@ -187,8 +191,8 @@ V_FN void tile_bf16(const struct matmul_args *a, int row, int panel, int M) {
     const float *x = a->x + (size_t)row * a->x_stride;
     const unsigned char *w = a->w + (size_t)panel * a->panel_bytes;
     for (int k = 0; k < a->n_in; k += 2, w += 2 * PANEL * sizeof(uint16_t)) {
-        prefetch(w);
-        prefetch(w + 64);
+        prefetch_at_first(row, w);
+        prefetch_at_first(row, w + 64);
         v16i two0 = v16i_load(w), two1 = v16i_load(w + 64);
         v16 low0 = v16i_bf16_low(two0), low1 = v16i_bf16_low(two1);
         v16 high0 = v16i_bf16_high(two0), high1 = v16i_bf16_high(two1);
@@ -222,8 +226,8 @@ V_FN void tile_int8(const struct matmul_args *a, int row, int panel, int M) {
         EACH_SUM acc[m][h] = int8_start(a->xq.offset[first + (size_t)m * blocks + b]);
         UNROLL for (int group = 0; group < 8; group++) {
             const unsigned char *four = w + group * PANEL * 4;
-            prefetch(four);
-            prefetch(four + 64);
+            prefetch_at_first(row, four);
+            prefetch_at_first(row, four + 64);
             v16i w0 = v16i_load(four), w1 = v16i_load(four + 64);
             UNROLL for (int m = 0; m < M; m++) {
                 v16i x = load_four(a->xq.q + (first + (size_t)m * blocks + b) * BLOCK + group * 4);
@@ -232,7 +236,7 @@ V_FN void tile_int8(const struct matmul_args *a, int row, int panel, int M) {
             }
         }
         const uint16_t *scales = (const uint16_t *)(w + INT8_BLOCK_SCALES);
-        prefetch(w + INT8_BLOCK_SCALES);
+        prefetch_at_first(row, w + INT8_BLOCK_SCALES);
         v16 s[2] = {v16_load_fp16(scales), v16_load_fp16(scales + 16)};
         EACH_SUM {
             v16 scale = v16_mul(s[h], v16_set1(a->xq.scale[first + (size_t)m * blocks + b]));
@@ -252,8 +256,8 @@ V_FN void tile_int4(const struct matmul_args *a, int row, int panel, int M) {
         EACH_SUM acc[m][h] = v16i_set1(0);
         UNROLL for (int group = 0; group < 4; group++) {
             const unsigned char *four = w + group * PANEL * 4;
-            prefetch(four);
-            prefetch(four + 64);
+            prefetch_at_first(row, four);
+            prefetch_at_first(row, four + 64);
             v16i both0 = v16i_load(four), both1 = v16i_load(four + 64);
             v16i lo0 = v16i_nibbles(both0, 0), hi0 = v16i_nibbles(both0, 1);
             v16i lo1 = v16i_nibbles(both1, 0), hi1 = v16i_nibbles(both1, 1);
@@ -265,8 +269,8 @@ V_FN void tile_int4(const struct matmul_args *a, int row, int panel, int M) {
             }
         }
         const uint16_t *scales = (const uint16_t *)(w + INT4_BLOCK_SCALES);
-        prefetch(w + INT4_BLOCK_SCALES);
-        prefetch(w + INT4_BLOCK_SCALES + 64);
+        prefetch_at_first(row, w + INT4_BLOCK_SCALES);
+        prefetch_at_first(row, w + INT4_BLOCK_SCALES + 64);
         v16 s[2] = {v16_load_fp16(scales), v16_load_fp16(scales + 16)};
         v16 min[2] = {v16_load_fp16(scales + PANEL), v16_load_fp16(scales + PANEL + 16)};
         EACH_SUM {
@@ -290,11 +294,14 @@ V_FN void tile_int4(const struct matmul_args *a, int row, int panel, int M) {
  * rows); a panel stays in cache while all rows go by. */
 #if defined(__ARM_FEATURE_DOTPROD)
 enum { FLOATS_TALL = 2, INTEGERS_TALL = 2 };
+#elif V_PARTS == 1
+enum { FLOATS_TALL = 8, INTEGERS_TALL = 6 }; /* these also hold the integer sums */
 #else
-enum { FLOATS_TALL = 8, INTEGERS_TALL = 4 }; /* these also hold the integer sums */
+enum { FLOATS_TALL = 8, INTEGERS_TALL = 4 };
 #endif
-V_FN int rows_at_once(int left, int most) { /* 8, 4, 2 or 1 */
-    int n = most;
+V_FN int rows_at_once(int left, int most) { /* 8, 6, 4, 2 or 1 */
+    if (most == 6 && left >= 6 && left != 8) return 6;
+    int n = most == 6 ? 4 : most;
     while (n > left)
         n /= 2;
     return n;
@@ -303,6 +310,7 @@ V_FN int rows_at_once(int left, int most) { /* 8, 4, 2 or 1 */
     SHAPE(name, 1)                                                                                 \
     SHAPE(name, 2)                                                                                 \
     SHAPE(name, 4)                                                                                 \
+    SHAPE(name, 6)                                                                                 \
     SHAPE(name, 8)                                                                                 \
     static void matmul_##name(const struct matmul_args *a, int first_panel, int end_panel) {       \
         for (int panel = first_panel; panel < end_panel; panel++)                                  \
@@ -310,6 +318,8 @@ V_FN int rows_at_once(int left, int most) { /* 8, 4, 2 or 1 */
                 n = rows_at_once(a->n_rows - row, tall);                                           \
                 if (tall >= 8 && n == 8)                                                           \
                     name##_8(a, row, panel);                                                       \
+                else if (tall == 6 && n == 6)                                                      \
+                    name##_6(a, row, panel);                                                       \
                 else if (tall >= 4 && n == 4)                                                      \
                     name##_4(a, row, panel);                                                       \
                 else if (n == 2)                                                                   \

@@ -187,6 +187,20 @@ V_FN v16 v16_load_bf16(const uint16_t *src) {
     }
     return r;
 }
+/* Lanes 0 .. 15 and 16 .. 31. */
+V_FN void v16_load_bf16_pair(const uint16_t *src, v16 *low, v16 *high) {
+#if defined(__AVX512BW__) /* one instruction each, where widening and shifting are two */
+    const v_part_u lane = {0,       0x10000, 0x20000, 0x30000, 0x40000, 0x50000, 0x60000, 0x70000,
+                           0x80000, 0x90000, 0xa0000, 0xb0000, 0xc0000, 0xd0000, 0xe0000, 0xf0000};
+    __m512i both = _mm512_loadu_si512(src);
+    low->p[0] = (v_part)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)lane, both);
+    high->p[0] =
+        (v_part)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)(lane + 0x100000), both);
+#else
+    *low = v16_load_bf16(src);
+    *high = v16_load_bf16(src + 16);
+#endif
+}
 V_FN void v16_store_bf16(uint16_t *dst, v16 a) { /* as bf16_round() of ops.h */
     V_EACH {
         v_part_u u = (v_part_u)a.p[i];
