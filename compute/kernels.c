@@ -145,9 +145,33 @@ enum { MAX_M = 8 };
 V_FN void prefetch(const unsigned char *line) {
     __builtin_prefetch(line + AHEAD);
 }
-/* The pass of a panel's first rows asks; the others find it in cache. */
+/* Rows are taken `tall` at a time, as many as the registers hold (32 of 16 bytes with NEON: two
+ * rows); a panel stays in cache while all rows go by. */
+#if defined(__ARM_FEATURE_DOTPROD)
+enum { FLOATS_TALL = 2, INTEGERS_TALL = 2 };
+#elif V_PARTS == 1
+enum { FLOATS_TALL = 8, INTEGERS_TALL = 6 }; /* these also hold the integer sums */
+#else
+enum { FLOATS_TALL = 8, INTEGERS_TALL = 4 };
+#endif
+
+/* Many rows pass over a panel several times.  Of floats the first pass asks; of integers, where
+ * passes outlast the memory, each asks for its share of the next panel, block by block. */
 V_FN void prefetch_at_first(int row, const unsigned char *line) {
     if (row == 0) prefetch(line);
+}
+struct asking {
+    size_t block, every; /* the next block beside which to ask; SIZE_MAX: none */
+    size_t ahead;
+};
+V_FN struct asking asking(const struct matmul_args *a, int row, int tall) {
+    size_t passes = a->n_rows < 2 * tall ? 1 : (size_t)(a->n_rows / tall),
+           pass = (size_t)(row / tall);
+    return (struct asking){pass < passes ? pass : SIZE_MAX, passes,
+                           passes == 1 ? AHEAD : a->panel_bytes};
+}
+V_FN void ask(const unsigned char *line, int now, size_t ahead) {
+    if (now) __builtin_prefetch(line + ahead);
 }
 
 V_FN void store_tile(const struct matmul_args *a, int row, int panel, int M, v16 y[MAX_M][2]) {
@@ -203,7 +227,8 @@ V_FN void tile_bf16(const struct matmul_args *a, int row, int panel, int M) {
             add_products(y, a, x + k + 1, M, high0, high1);
             continue;
         }
-        /* Both at once: where sums outnumber the registers (AVX2), they come and go half as often. */
+        /* Both at once: where sums outnumber the registers (AVX2), they come and go half as often.
+         */
         UNROLL for (int m = 0; m < M; m++) {
             const float *xk = x + (size_t)m * a->x_stride + k;
             y[m][0] = v16_fma(v16_set1(xk[0]), low0, y[m][0]);
@@ -221,13 +246,16 @@ V_FN void tile_int8(const struct matmul_args *a, int row, int panel, int M) {
     EACH_SUM y[m][h] = v16_zero();
     const size_t blocks = (size_t)a->n_blocks, first = (size_t)row * blocks;
     const unsigned char *w = a->w + (size_t)panel * a->panel_bytes;
+    struct asking asks = asking(a, row, INTEGERS_TALL);
     for (size_t b = 0; b < blocks; b++, w += INT8_BLOCK_BYTES) {
         v16i acc[MAX_M][2];
+        const int now = b == asks.block;
+        if (now) asks.block += asks.every;
         EACH_SUM acc[m][h] = int8_start(a->xq.offset[first + (size_t)m * blocks + b]);
         UNROLL for (int group = 0; group < 8; group++) {
             const unsigned char *four = w + group * PANEL * 4;
-            prefetch_at_first(row, four);
-            prefetch_at_first(row, four + 64);
+            ask(four, now, asks.ahead);
+            ask(four + 64, now, asks.ahead);
             v16i w0 = v16i_load(four), w1 = v16i_load(four + 64);
             UNROLL for (int m = 0; m < M; m++) {
                 v16i x = load_four(a->xq.q + (first + (size_t)m * blocks + b) * BLOCK + group * 4);
@@ -236,7 +264,7 @@ V_FN void tile_int8(const struct matmul_args *a, int row, int panel, int M) {
             }
         }
         const uint16_t *scales = (const uint16_t *)(w + INT8_BLOCK_SCALES);
-        prefetch_at_first(row, w + INT8_BLOCK_SCALES);
+        ask(w + INT8_BLOCK_SCALES, now, asks.ahead);
         v16 s[2] = {v16_load_fp16(scales), v16_load_fp16(scales + 16)};
         EACH_SUM {
             v16 scale = v16_mul(s[h], v16_set1(a->xq.scale[first + (size_t)m * blocks + b]));
@@ -251,13 +279,16 @@ V_FN void tile_int4(const struct matmul_args *a, int row, int panel, int M) {
     EACH_SUM y[m][h] = v16_zero();
     const size_t blocks = (size_t)a->n_blocks, first = (size_t)row * blocks;
     const unsigned char *w = a->w + (size_t)panel * a->panel_bytes;
+    struct asking asks = asking(a, row, INTEGERS_TALL);
     for (size_t b = 0; b < blocks; b++, w += INT4_BLOCK_BYTES) {
         v16i acc[MAX_M][2];
+        const int now = b == asks.block;
+        if (now) asks.block += asks.every;
         EACH_SUM acc[m][h] = v16i_set1(0);
         UNROLL for (int group = 0; group < 4; group++) {
             const unsigned char *four = w + group * PANEL * 4;
-            prefetch_at_first(row, four);
-            prefetch_at_first(row, four + 64);
+            ask(four, now, asks.ahead);
+            ask(four + 64, now, asks.ahead);
             v16i both0 = v16i_load(four), both1 = v16i_load(four + 64);
             v16i lo0 = v16i_nibbles(both0, 0), hi0 = v16i_nibbles(both0, 1);
             v16i lo1 = v16i_nibbles(both1, 0), hi1 = v16i_nibbles(both1, 1);
@@ -269,8 +300,8 @@ V_FN void tile_int4(const struct matmul_args *a, int row, int panel, int M) {
             }
         }
         const uint16_t *scales = (const uint16_t *)(w + INT4_BLOCK_SCALES);
-        prefetch_at_first(row, w + INT4_BLOCK_SCALES);
-        prefetch_at_first(row, w + INT4_BLOCK_SCALES + 64);
+        ask(w + INT4_BLOCK_SCALES, now, asks.ahead);
+        ask(w + INT4_BLOCK_SCALES + 64, now, asks.ahead);
         v16 s[2] = {v16_load_fp16(scales), v16_load_fp16(scales + 16)};
         v16 min[2] = {v16_load_fp16(scales + PANEL), v16_load_fp16(scales + PANEL + 16)};
         EACH_SUM {
@@ -285,20 +316,11 @@ V_FN void tile_int4(const struct matmul_args *a, int row, int panel, int M) {
 
 /* One function a tile: gcc spills accumulators when several are inlined into one. */
 #define SHAPE(name, M)                                                                             \
-    static __attribute__((noinline, unused)) void name##_##M(const struct matmul_args *a, int row,         \
-                                                     int panel) {                                  \
+    static __attribute__((noinline, unused)) void name##_##M(const struct matmul_args *a, int row, \
+                                                             int panel) {                          \
         tile_##name(a, row, panel, M);                                                             \
     }
 
-/* Rows are taken `tall` at a time, as many as the registers hold (32 of 16 bytes with NEON: two
- * rows); a panel stays in cache while all rows go by. */
-#if defined(__ARM_FEATURE_DOTPROD)
-enum { FLOATS_TALL = 2, INTEGERS_TALL = 2 };
-#elif V_PARTS == 1
-enum { FLOATS_TALL = 8, INTEGERS_TALL = 6 }; /* these also hold the integer sums */
-#else
-enum { FLOATS_TALL = 8, INTEGERS_TALL = 4 };
-#endif
 V_FN int rows_at_once(int left, int most) { /* 8, 6, 4, 2 or 1 */
     if (most == 6 && left >= 6 && left != 8) return 6;
     int n = most == 6 ? 4 : most;
