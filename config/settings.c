@@ -81,7 +81,7 @@ static const struct row rows[] = {
     {"cors-origin", TEXT, AT(cors_origin), SERVE, "*", 0, 0, 0, "ORIGIN", "origin that browsers may call from; empty: none"},
     {"max-seqs", INT, AT(max_seqs), SERVE | RUN | INFO, "0", 0, 65536, 0, "N", "sequences at once (slots); 0: as many as --memory holds, at most 256"},
     {"memory", SIZE, AT(memory_mb), SERVE | RUN | INFO | CONVERT, "0", 0, 1e15, 1 << 20, "SIZE", "memory for slots when --max-seqs is 0; 0: a quarter of what is free.  convert: what it may take in all; 0: what it needs"},
-    {"prefill-chunk", INT, AT(prefill_chunk), SERVE | RUN | BENCH, "256", 1, 65536, 0, "N", "prompt tokens read in one step beside those generated: more reads faster, less keeps others smoother"},
+    {"prefill-chunk", INT, AT(prefill_chunk), SERVE | RUN | BENCH, "0", 0, 65536, 0, "N", "prompt tokens read in one step beside those generated, less keeps others smoother; 0: 64 on a CPU, 256 on a GPU"},
     {"max-queue", INT, AT(max_queue), SERVE, "256", 0, 1 << 20, 0, "N", "requests that may wait; the next gets 429 with Retry-After"},
     {"output-limit", SIZE, AT(output_limit_kb), SERVE, "256K", KIB, 1e12, 1024, "SIZE", "unread output of a request before its generation pauses"},
     {"body-limit", SIZE, AT(body_limit_kb), SERVE, "8M", KIB, 1e12, 1024, "SIZE", "largest request body"},

@@ -4,6 +4,7 @@
 #include "compute/cpu.h"
 #include "compute/memory.h"
 #include "model/options.h"
+#include "server/open.h"
 
 #include <cjson/cJSON.h>
 #include <stdlib.h>
@@ -133,9 +134,10 @@ static double read_bandwidth(struct team *team, size_t bytes) {
 /* Reads n tokens of the text from the slot's own position on. */
 static enum err read_prompt(struct bench *b, int slot, int64_t n) {
     int64_t at = model_slot_position(b->model, slot), end = at + n;
+    int chunk = prefill_chunk(b->settings, b->model);
     while (at < end) {
         int64_t rows = end - at;
-        if (rows > b->settings->prefill_chunk) rows = b->settings->prefill_chunk;
+        if (rows > chunk) rows = chunk;
         /* The text is shorter than a deep slot: it begins again. */
         int64_t from = at % b->n_tokens;
         if (rows > b->n_tokens - from) rows = b->n_tokens - from;
@@ -400,11 +402,11 @@ static int read_list(const char *list, int64_t *out) { /* ascending, each value 
     return kept;
 }
 
-static enum err open_model(struct bench *b) {
+static enum err open_measured(struct bench *b) {
     const struct settings *s = b->settings;
     struct model_options o;
     model_options_set(&o, s);
-    o.max_rows = s->prefill_chunk > b->most ? s->prefill_chunk : b->most;
+    o.max_rows = prefill_chunk(s, NULL) > b->most ? prefill_chunk(s, NULL) : b->most;
     o.max_logits = b->most;
     o.n_slots = b->most + b->n_depths;
     o.team = b->team;
@@ -428,7 +430,7 @@ static enum err run(struct bench *b) {
     b->n_prompts = read_list(s->n_prompt, b->prompts);
     b->n_batches = read_list(s->batch, b->batches);
     b->most = (int)b->batches[b->n_batches - 1];
-    enum err err = open_model(b);
+    enum err err = open_measured(b);
     if (err) return err;
 
     b->n_tokens = 1 << 16;

@@ -72,11 +72,17 @@ enum err default_model(char *path, size_t path_len, const struct settings *setti
     return OK;
 }
 
+int prefill_chunk(const struct settings *settings, const struct model *model) {
+    enum { ON_CPU = 64, ON_GPU = 256 };
+    if (settings->prefill_chunk) return settings->prefill_chunk;
+    return model && !strcmp(model_info(model)->device, "cpu") ? ON_CPU : ON_GPU;
+}
+
 struct step_bounds step_bounds(const struct settings *settings, int n_slots) {
     enum { BY_MEMORY_AT_MOST = 256, SCORED_ROWS = 64 };
-    int n = n_slots ? n_slots : BY_MEMORY_AT_MOST;
-    int scored = settings->prefill_chunk < SCORED_ROWS ? settings->prefill_chunk : SCORED_ROWS;
-    return (struct step_bounds){.rows = n + settings->prefill_chunk, .logits = n + scored};
+    int n = n_slots ? n_slots : BY_MEMORY_AT_MOST, chunk = prefill_chunk(settings, NULL);
+    int scored = chunk < SCORED_ROWS ? chunk : SCORED_ROWS;
+    return (struct step_bounds){.rows = n + chunk, .logits = n + scored};
 }
 
 /* Opens the good model and, when its base is not there, the small one.  Unlike default_model this
@@ -103,7 +109,7 @@ enum err open_model(struct model **out, const struct settings *s, int n_slots, s
     if (bounds.rows > MOST_ROWS)
         return err_set(msg, msg_len, ERR_ARG,
                        "--max-seqs %d and --prefill-chunk %d make a step of %d rows, more than %d",
-                       bounds.rows - s->prefill_chunk, s->prefill_chunk, bounds.rows, MOST_ROWS);
+                       bounds.rows - prefill_chunk(s, NULL), prefill_chunk(s, NULL), bounds.rows, MOST_ROWS);
     model_options_set(&o, s);
     o.max_rows = bounds.rows;
     o.max_logits = bounds.logits;

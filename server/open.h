@@ -20,6 +20,10 @@ enum err open_model(struct model **out, const struct settings *settings, int n_s
                     void (*progress)(void *arg, const char *what, double fraction), char *msg,
                     size_t msg_len);
 
+/* Prompt rows of a step: --prefill-chunk or, where that is 0, what reads as fast as any on the model's device: 64
+ * on a CPU, where more only make others wait, 256 on a GPU.  model NULL: the most it may be. */
+int prefill_chunk(const struct settings *settings, const struct model *model);
+
 /* Rows and logits of one step that open_model asks for. */
 struct step_bounds {
     int rows, logits;

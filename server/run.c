@@ -61,7 +61,7 @@ static enum err read_on(struct talk *t, bool drawn) {
     if (limit && model_slot_position(t->model, 0) + (int64_t)t->n_unread > limit)
         return fail(t, ERR_ARG, "the model's longest sequence is reached (see --max-seq-len)");
     while (t->n_unread && !t->stopped) {
-        size_t chunk = (size_t)t->settings->prefill_chunk;
+        size_t chunk = (size_t)prefill_chunk(t->settings, t->model);
         int rows = (int)(t->n_unread < chunk ? t->n_unread : chunk);
         struct model_run run = {
             .n_rows = rows, .tokens = t->unread, .n_logits = 1, .generated = drawn};

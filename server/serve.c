@@ -110,7 +110,7 @@ static enum err load(struct server *server) {
     struct step_bounds bounds = step_bounds(s, s->max_seqs);
     struct sched_options o = {.model = served->model,
                               .max_queue = s->max_queue,
-                              .prefill_chunk = s->prefill_chunk,
+                              .prefill_chunk = prefill_chunk(s, served->model),
                               .max_rows = bounds.rows,
                               .max_logits = bounds.logits,
                               .output_limit = (size_t)s->output_limit_kb * 1024,

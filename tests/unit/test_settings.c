@@ -50,7 +50,7 @@ static void test_defaults(void **state) {
     assert_string_equal(s.host, "127.0.0.1");
     assert_int_equal(s.port, 8080);
     assert_int_equal(s.max_queue, 256);
-    assert_int_equal(s.prefill_chunk, 256);
+    assert_int_equal(s.prefill_chunk, 0);
     assert_int_equal(s.body_limit_kb, 8192);
     assert_int_equal(s.output_limit_kb, 256);
     assert_int_equal(s.idle_timeout_s, 60);
