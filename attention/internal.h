@@ -24,7 +24,7 @@ struct layout {
     /* offsets into a slot, and how far one layer's kv head is from the next */
     size_t states, keys, values, positions; /* the sequence itself ... */
     size_t sequence_bytes;
-    size_t turned, scores, scored; /* ... and what is derived from it */
+    size_t turned, chosen, chosen_for; /* ... and what is derived from it */
     size_t slot_bytes;
 };
 
@@ -44,8 +44,8 @@ struct memory {
                    */
     void *values; /* [entries][lanes] */
     int64_t *positions; /* [cache] ascending, then -1 */
-    float *scores;      /* [cache + w] self-recall errors of the candidates of block *scored */
-    int64_t *scored;    /* 0: none */
+    bool *chosen;        /* [cache + w] which candidates of block *chosen_for stay in the cache */
+    int64_t *chosen_for; /* 0: none */
 };
 
 struct scratch { /* one thread's */
@@ -54,6 +54,7 @@ struct scratch { /* one thread's */
     float *x, *v, *u, *phi, *recalled; /* [cache + w] rows of D, lanes, f_lanes, phi_lanes, lanes */
     int *entry;                        /* [cache + w] where they lie */
     int64_t *position;                 /* [cache + w] */
+    float *error;                      /* [cache + w] self-recall errors */
     double *rank;                      /* [cache + w] by which the best are kept */
     bool *keep;                        /* [cache + w] */
     float *state;                      /* S and z as if all candidates were folded */
@@ -64,7 +65,7 @@ struct segment { /* rows of one run that see the same blocks */
     int64_t position;                               /* of its first row */
     int part_rows, part_heads, n_parts; /* how its questions are cut */
     int first_task;                     /* of the second phase */
-    bool scores;                        /* does the scoring for the next choice */
+    bool chooses;                       /* does the next choice */
 };
 
 struct attention {
@@ -134,9 +135,9 @@ bool memory_clamped(const struct attention *a, int64_t key, int64_t position);
  * chooses first. */
 void memory_append(const struct layer_job *job, const struct segment *segment, int kv_head,
                    struct scratch *tmp);
-/* Is this the segment that does the scoring for the next block's choice?  And the scoring. */
-bool memory_scores_in(const struct attention *a, int layer, const struct segment *segment);
-void memory_score_next(const struct attention *a, int layer, const struct segment *segment,
+/* Is this the segment that makes the next block's choice?  And the choice. */
+bool memory_chooses_in(const struct attention *a, int layer, const struct segment *segment);
+void memory_choose_next(const struct attention *a, int layer, const struct segment *segment,
                        int kv_head, struct scratch *tmp);
 
 /* ---- answer.c ---- */

@@ -9,9 +9,9 @@
  * r_j[0:D] / r_j[D] - v_j ||^2
  *
  * the worst recalled stay in the cache and the others are folded into S.  (LoLA, arXiv:2505.23666;
- * ours: places for recent keys, and a horizon.)  The scoring is 200 times the work of a row, and
- * its inputs are complete one block earlier: so each layer does its own at another row of block b
- * - 1.  Whoever comes to block b without scores computes them there, to the same bits. */
+ * ours: places for recent keys, and a horizon.)  The choice is 200 times the work of a row, and
+ * its inputs are complete one block earlier: so each layer makes its own at another row of block b
+ * - 1.  Whoever comes to block b without it makes it there, to the same bits. */
 #include "attention/internal.h"
 
 #include <math.h>
@@ -179,16 +179,19 @@ static void self_recall(const struct attention *a, int layer, int kv_head, const
 
 /* Most places by error alone, so that facts stay however old they are; then some by error and age.
  */
-static void choose(const struct attention *a, const int64_t *position, const float *error, int n,
-                   int64_t start, bool *keep, double *score) {
+static void choose(const struct attention *a, int layer, int kv_head, struct memory *m, int64_t b,
+                   int n, struct scratch *tmp) {
     const struct attention_config *c = &a->config;
+    double *score = tmp->rank, start = (double)(b * c->window_size);
+    self_recall(a, layer, kv_head, m, tmp->entry, n, tmp->error, tmp);
+    memset(m->chosen, 0, (size_t)n * sizeof *m->chosen);
     for (int j = 0; j < n; j++)
-        score[j] = error[j];
-    a->kernels->keep_largest(keep, score, n, c->cache_size - c->cache_recent);
-    if (!c->cache_recent) return;
-    for (int j = 0; j < n; j++)
-        score[j] /= 1 + (double)(start - position[j]) / c->cache_age;
-    a->kernels->keep_largest(keep, score, n, c->cache_recent);
+        score[j] = tmp->error[j];
+    a->kernels->keep_largest(m->chosen, score, n, c->cache_size - c->cache_recent);
+    for (int j = 0; c->cache_recent && j < n; j++)
+        score[j] /= 1 + (start - (double)tmp->position[j]) / c->cache_age;
+    if (c->cache_recent) a->kernels->keep_largest(m->chosen, score, n, c->cache_recent);
+    *m->chosen_for = b;
 }
 
 static const int64_t *imposed_set(const struct attention *a, int layer, int kv_head, int64_t b) {
@@ -211,11 +214,18 @@ static void mark_kept(const struct attention *a, int layer, int kv_head, struct 
     for (int j = 0; j < n; j++)
         tmp->keep[j] = n <= size || (imposed && contains(imposed, size, tmp->position[j]));
     if (n <= size || imposed || size == 0) return;
-    if (*m->scored != b) {
-        self_recall(a, layer, kv_head, m, tmp->entry, n, m->scores, tmp);
-        *m->scored = b;
-    }
-    choose(a, tmp->position, m->scores, n, b * a->config.window_size, tmp->keep, tmp->rank);
+    if (*m->chosen_for != b) choose(a, layer, kv_head, m, b, n, tmp);
+    memcpy(tmp->keep, m->chosen, (size_t)n * sizeof *tmp->keep);
+}
+
+/* Candidates for block b and their positions, in tmp. */
+static int list_candidates(const struct attention *a, const struct memory *m, int64_t b,
+                           struct scratch *tmp) {
+    int n = candidates(a, m, b, tmp->entry);
+    for (int j = 0; j < n; j++)
+        tmp->position[j] =
+            memory_entry_position(a, m, tmp->entry[j], b * a->config.window_size - 1);
+    return n;
 }
 
 /* Before the first row of block b: sinks become entries of their own, the cache is chosen, the
@@ -225,9 +235,7 @@ static void begin_block(const struct attention *a, int layer, int kv_head, struc
     const struct layout *l = &a->layout;
     int64_t w = a->config.window_size, start = b * w;
     if (b < 2) return;
-    int n = candidates(a, m, b, tmp->entry);
-    for (int j = 0; j < n; j++)
-        tmp->position[j] = memory_entry_position(a, m, tmp->entry[j], start - 1);
+    int n = list_candidates(a, m, b, tmp);
     mark_kept(a, layer, kv_head, m, b, n, tmp);
 
     int n_fold = 0, n_kept = 0, *entry = tmp->entry;
@@ -329,7 +337,7 @@ struct ahead memory_ahead(const struct attention *a, const struct segment *segme
     return ahead;
 }
 
-bool memory_scores_in(const struct attention *a, int layer, const struct segment *segment) {
+bool memory_chooses_in(const struct attention *a, int layer, const struct segment *segment) {
     const struct attention_config *c = &a->config;
     if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED || !c->cache_size)
         return false;
@@ -340,14 +348,13 @@ bool memory_scores_in(const struct attention *a, int layer, const struct segment
     return row >= 0 && row < segment->n_rows;
 }
 
-void memory_score_next(const struct attention *a, int layer, const struct segment *segment,
-                       int kv_head, struct scratch *tmp) {
+void memory_choose_next(const struct attention *a, int layer, const struct segment *segment,
+                        int kv_head, struct scratch *tmp) {
     struct memory m = memory_of(a, a->runs[segment->run].slot, layer, kv_head);
     int64_t next = segment->position / a->config.window_size + 1;
-    int n = candidates(a, &m, next, tmp->entry);
-    if (n <= a->config.cache_size) return; /* an imposed set was small */
-    self_recall(a, layer, kv_head, &m, tmp->entry, n, m.scores, tmp);
-    *m.scored = next;
+    int n = list_candidates(a, &m, next, tmp);
+    if (n > a->config.cache_size) /* else an imposed set was small */
+        choose(a, layer, kv_head, &m, next, n, tmp);
 }
 
 /* ---- looking in, for evaluation and tests ---- */

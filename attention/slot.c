@@ -44,10 +44,10 @@ void layout_init(struct attention *a) {
 
     bool rotated_later = a->rope && c->map_before_rope && l->ring;
     l->turned = rotated_later ? l->sequence_bytes : l->keys;
-    l->scores = l->sequence_bytes + (rotated_later ? heads * l->keys_bytes : 0);
-    l->scored = align(l->scores +
-                      (l->cache ? heads * (size_t)(l->cache + c->window_size) * sizeof(float) : 0));
-    l->slot_bytes = align(l->scored + heads * sizeof(int64_t));
+    l->chosen = l->sequence_bytes + (rotated_later ? heads * l->keys_bytes : 0);
+    l->chosen_for = align(
+        l->chosen + (l->cache ? heads * (size_t)(l->cache + c->window_size) * sizeof(bool) : 0));
+    l->slot_bytes = align(l->chosen_for + heads * sizeof(int64_t));
 }
 
 struct memory memory_of(const struct attention *a, const void *slot, int layer, int kv_head) {
@@ -60,8 +60,8 @@ struct memory memory_of(const struct attention *a, const void *slot, int layer, 
         .turned = at + l->turned + head * l->keys_bytes,
         .values = at + l->values + head * l->values_bytes,
         .positions = (int64_t *)(at + l->positions) + head * l->cache,
-        .scores = (float *)(at + l->scores) + head * (size_t)(l->cache + a->config.window_size),
-        .scored = (int64_t *)(at + l->scored) + head,
+        .chosen = (bool *)(at + l->chosen) + head * (size_t)(l->cache + a->config.window_size),
+        .chosen_for = (int64_t *)(at + l->chosen_for) + head,
     };
 }
 
@@ -74,9 +74,10 @@ int64_t attention_slot_position(const struct attention *a, const void *slot) {
     return slot_header(slot)->position;
 }
 
-/* Nothing is scored: whoever needs scores computes them. */
-static void forget_scores(const struct attention *a, void *slot) {
-    memset((char *)slot + a->layout.scored, 0, a->layout.slot_bytes - a->layout.scored);
+/* Nothing is chosen: whoever needs the choice makes it. */
+static void forget_choice(const struct attention *a, void *slot) {
+    memset((char *)slot + a->layout.chosen_for, 0,
+           a->layout.slot_bytes - a->layout.chosen_for);
 }
 
 void attention_slot_clear(const struct attention *a, void *slot) {
@@ -86,7 +87,7 @@ void attention_slot_clear(const struct attention *a, void *slot) {
     memcpy(slot, &header, sizeof header);
     memset((char *)slot + l->states, 0, l->keys - l->states);
     memset((char *)slot + l->positions, 0xff, l->sequence_bytes - l->positions); /* all -1 */
-    forget_scores(a, slot);
+    forget_choice(a, slot);
 }
 
 /* ---- copies ---- */
