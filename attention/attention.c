@@ -511,6 +511,13 @@ static void row_tasks(void *arg, int thread, int n_threads) {
     }
 }
 
+/* Few questions leave threads idle.  One a head occupies more, but needs a second phase, which costs
+ * about as much as a head. */
+static bool worth_splitting(const struct attention *a, int n_questions) {
+    int threads = a->n_threads, whole = (n_questions + threads - 1) / threads * a->group;
+    return (n_questions * a->group + threads - 1) / threads + 1 < whole;
+}
+
 void attention_layer(struct attention *a, int layer, float *y, size_t y_stride, const float *q,
                      size_t q_stride, const float *k, size_t k_stride, const float *v,
                      size_t v_stride) {
@@ -530,7 +537,7 @@ void attention_layer(struct attention *a, int layer, float *y, size_t y_stride, 
         return;
     }
     for (int wave = 0, n; (n = plan_wave(a, wave, a->group)); wave++) {
-        if (n < 2 * a->n_threads) plan_wave(a, wave, 1); /* too few to share out evenly */
+        if (worth_splitting(a, n)) plan_wave(a, wave, 1);
         int n_answers = plan_answers(a, layer);
         run_tasks(&job, append_tasks, a->n_segments * n_kv);
         run_tasks(&job, answer_tasks, n_answers);
