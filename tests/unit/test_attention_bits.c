@@ -211,7 +211,9 @@ static void test_neighbours_slots_and_threads_change_no_bit(void **state) {
         float *alone = rows_open(&g);
         read_alone(&g, slot, alone);
         rig_close(&g);
-        for (int threads = 1; threads <= 4; threads++) {
+        static const int team[] = {1, 2, 3, 12}; /* 12: also one question a head */
+        for (size_t t = 0; t < sizeof team / sizeof *team; t++) {
+            int threads = team[t];
             rig_open(&g, kinds[kind](KV_BF16), 100, SEQUENCES * LENGTH, threads, false);
             float *together = rows_open(&g);
             void *slots[SEQUENCES];
