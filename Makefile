@@ -87,7 +87,7 @@ $(BUILD)/cuda/%.o: %.cu
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCCFLAGS) -MMD -MP -c $< -o $@
 
-$(EMU_LIB): $(GPU_OBJECTS) $(patsubst %.cu,$(BUILD)/emu/%.o,$(KERNEL_CU)) $(BUILD)/emu/tests/emu/emu.o
+$(EMU_LIB): $(GPU_OBJECTS) $(patsubst %.cu,$(BUILD)/emu/%.o,$(KERNEL_CU)) $(BUILD)/emu/tests/emu/emu.o $(BUILD)/emu/tests/emu/emu_gpu.o
 	@rm -f $@
 	$(AR) rcs $@ $^
 

@@ -233,9 +233,8 @@ DEVICE void start(const decode_job &j, decode_stream<D, DEPTH> &q, const decode_
         ask(j, q);
 }
 
-/* The oldest tile, there for all lanes.  (An emulated ldmatrix waits for all lanes, so no test
- * misses the barrier.)  Once mma_bf16 has taken what ldmatrix read of it, all lanes have read it:
- * ask() needs no barrier before. */
+/* The oldest tile, there for all lanes.  Once mma_bf16 has taken what ldmatrix read of it, all lanes
+ * have read it: ask() needs no barrier before. */
 template <int D, int DEPTH> DEVICE const char *oldest(const decode_stream<D, DEPTH> &q) {
     cp_async_wait<DEPTH - 1>();
     __syncwarp();

@@ -1,7 +1,8 @@
-/* emu.cpp - the emulated device (emu.h): fibres, barriers, asynchronous copies, and gpu.h over plain memory.
+/* emu.cpp - the emulated device (emu.h): fibres, barriers and asynchronous copies.  emu_gpu.cpp is
+ * gpu.h.
  *
- * A fibre is a stack and a stack pointer; switching saves the registers that calls preserve.  All fibres of a block
- * run on one OS thread, so nothing here needs a lock. */
+ * A fibre is a stack and a stack pointer; switching saves the registers that calls preserve.  All
+ * fibres of a block run on one OS thread, so nothing here needs a lock. */
 #include "tests/emu/emu.h"
 
 #include "compute/cuda.h"
@@ -11,6 +12,7 @@
 #include <cstdlib>
 #include <map>
 #include <random>
+#include <set>
 #include <string>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -20,6 +22,11 @@
 #else
 #define ASAN 0
 #endif
+
+extern "C" {
+extern unsigned char __start_emu_shared[] __attribute__((weak));
+extern unsigned char __stop_emu_shared[] __attribute__((weak));
+}
 
 namespace emu {
 
@@ -181,7 +188,7 @@ static void write_sites() {
     fclose(f);
 }
 
-static void read_environment() {
+void read_environment() {
     static bool done;
     if (done) return;
     done = true;
@@ -204,9 +211,63 @@ void wait_at(status barrier) {
     back_to_scheduler(barrier);
 }
 
+/* ---- what ldmatrix sees of shared memory ----
+ *
+ * ldmatrix and mma bring the lanes of a warp together, but order no memory: what other lanes wrote
+ * is there behind __syncwarp() or __syncthreads() and not before.  So ldmatrix reads shared memory
+ * as it was at its warp's last such barrier; kept only for kernels that have been seen to use it.
+ */
+struct view {
+    std::vector<unsigned char> dynamic, fixed;
+};
+static std::set<std::string> with_matrices; /* names of such kernels */
+static bool keeps_views;                    /* of the running grid */
+static size_t dynamic_bytes;
+static view of_block;
+static std::vector<view> of_warp;
+static std::vector<const view *> seen; /* [warp] */
+
+/* Byte by byte: under AddressSanitizer variables of a section have gaps that memcpy() minds. */
+__attribute__((no_sanitize("address"))) static void
+copy_bytes(std::vector<unsigned char> &to, const unsigned char *from, size_t n) {
+    to.resize(n);
+    for (size_t i = 0; i < n; i++)
+        to[i] = from[i];
+}
+
+static void look(view &v) {
+    copy_bytes(v.dynamic, dynamic_shared, dynamic_bytes);
+    copy_bytes(v.fixed, __start_emu_shared, (size_t)(__stop_emu_shared - __start_emu_shared));
+}
+
+static void look_all() {
+    if (!keeps_views) return;
+    look(of_block);
+    seen.assign(seen.size(), &of_block);
+}
+
+static void look_warp(size_t warp) {
+    if (!keeps_views) return;
+    look(of_warp[warp]);
+    seen[warp] = &of_warp[warp];
+}
+
+static uint16_t seen_half(const unsigned char *at) {
+    uint16_t half;
+    memcpy(&half, at, 2); /* AddressSanitizer sees every byte beyond */
+    if (!keeps_views) return half;
+    const view &v = *seen[(size_t)current->warp];
+    if (at >= dynamic_shared && at < dynamic_shared + dynamic_bytes)
+        memcpy(&half, &v.dynamic[(size_t)(at - dynamic_shared)], 2);
+    else if (at >= __start_emu_shared && at < __stop_emu_shared)
+        memcpy(&half, &v.fixed[(size_t)(at - __start_emu_shared)], 2);
+    return half;
+}
+
 /* ---- what the lanes of a warp show each other ---- */
 
-/* Two turns, used alternately: who still reads the last is not overwritten before all have met again. */
+/* Two turns, used alternately: who still reads the last is not overwritten before all have met
+ * again. */
 static std::vector<uint32_t> shown; /* [warp][turn][lane][8] */
 
 uint32_t *exchange(int lane) {
@@ -251,21 +312,22 @@ void load_matrices(uint32_t *r, int n, bool transposed, const void *row) {
         fprintf(stderr, "emu: %s: ldmatrix of a row that is not 16-byte aligned\n", kernel_name);
         abort();
     }
+    if (!keeps_views) with_matrices.insert(kernel_name);
     memcpy(exchange(lane), &row, sizeof row);
-    wait_at(AT_WARP_BARRIER);
+    wait_at(AT_EXCHANGE);
     for (int i = 0; i < n; i++) {
         uint16_t half[2];
         for (int e = 0; e < 2; e++) {
             int r0 = transposed ? lane % 4 * 2 + e : lane / 4;
             int c0 = transposed ? lane / 4 : lane % 4 * 2 + e;
-            const char *from;
+            const unsigned char *from;
             memcpy(&from, exchange(8 * i + r0), sizeof from);
-            memcpy(&half[e], from + 2 * c0, 2);
+            half[e] = seen_half(from + 2 * c0);
         }
         r[i] = (uint32_t)half[0] | (uint32_t)half[1] << 16;
     }
     exchanged();
-    wait_at(AT_WARP_BARRIER); /* no lane goes on and overwrites what another has yet to read */
+    wait_at(AT_EXCHANGE); /* no lane goes on and overwrites what another has yet to read */
 }
 
 } // namespace emu
@@ -276,7 +338,7 @@ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     uint32_t *mine = exchange(lane);
     memcpy(mine, a, sizeof a);
     memcpy(mine + 4, b, sizeof b);
-    wait_at(AT_WARP_BARRIER);
+    wait_at(AT_EXCHANGE);
     float of_a[2][16], of_b[2][16]; /* rows g and g + 8, columns 2 t and 2 t + 1 */
     for (int k = 0; k < 16; k++) {
         const int word = k / 8, quarter = k % 8 / 2, shift = k % 2 * 16;
@@ -295,17 +357,12 @@ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 /* ---- blocks ---- */
 
-extern "C" {
-extern unsigned char __start_emu_shared[] __attribute__((weak));
-extern unsigned char __stop_emu_shared[] __attribute__((weak));
-}
-
 namespace emu {
 
 static int order_mode;
 static std::mt19937_64 random_order;
 
-__attribute__((no_sanitize("address"))) static void poison_shared(size_t dynamic_bytes) {
+__attribute__((no_sanitize("address"))) static void poison_shared() {
     for (unsigned char *at = __start_emu_shared; at < __stop_emu_shared; at++)
         *at = 0xff;
     memset(dynamic_shared, 0xff, dynamic_bytes);
@@ -317,16 +374,20 @@ __attribute__((no_sanitize("address"))) static void poison_shared(size_t dynamic
     abort();
 }
 
-/* Lets a warp whose lanes have all come to a barrier of the warp go on. */
+/* Lets a warp whose lanes have all come to the same barrier of the warp go on. */
 static bool release_warp(size_t first, size_t end) {
-    size_t n_waiting = 0, n_done = 0;
+    size_t n_done = 0, n_at[2] = {};
     for (size_t i = first; i < end; i++) {
-        n_waiting += fibres[i].at == AT_WARP_BARRIER;
+        n_at[0] += fibres[i].at == AT_WARP_BARRIER;
+        n_at[1] += fibres[i].at == AT_EXCHANGE;
         n_done += fibres[i].at == DONE;
     }
+    size_t n_waiting = n_at[0] + n_at[1];
     if (n_waiting && n_waiting + n_done == end - first && n_done)
         parted("lanes of a warp returned while others wait for them");
     if (n_waiting != end - first) return false;
+    if (n_at[0] && n_at[1]) parted("lanes of a warp wait at different barriers");
+    if (n_at[0]) look_warp(first / 32);
     for (size_t i = first; i < end; i++)
         fibres[i].at = READY;
     return true;
@@ -338,10 +399,13 @@ static bool run_ready(size_t i) {
     return true;
 }
 
-static void run_block(size_t n, size_t dynamic_bytes) {
+static void run_block(size_t n) {
     size_t n_warps = (n + 31) / 32;
     shown.assign(n_warps * 2 * 32 * 8, 0xffffffffu);
-    poison_shared(dynamic_bytes);
+    poison_shared();
+    of_warp.resize(n_warps);
+    seen.resize(n_warps);
+    look_all();
     for (size_t i = 0; i < n; i++) {
         fibre &f = fibres[i];
         f.thread = {(unsigned)i, 0, 0};
@@ -377,18 +441,19 @@ static void run_block(size_t n, size_t dynamic_bytes) {
             n_done += fibres[i].at == DONE;
         }
         if (n_done == n) break;
-        if (n_waiting == n)
+        if (n_waiting == n) {
+            look_all();
             for (size_t i = 0; i < n; i++)
                 fibres[i].at = READY;
-        else if (!progress)
+        } else if (!progress)
             parted("threads wait at different barriers, or some returned before one");
     }
     for (size_t i = 0; i < n; i++)
         if (!fibres[i].copies.empty()) parted("asynchronous copies were never waited for");
 }
 
-static void run_grid(const char *name, dim3 grid, unsigned threads, size_t shared,
-                     const std::function<void()> &kernel) {
+void run_grid(const char *name, dim3 grid, unsigned threads, size_t shared,
+              const std::function<void()> &kernel) {
     kernel_name = name;
     body = &kernel;
     block_size = dim3(threads);
@@ -396,6 +461,8 @@ static void run_grid(const char *name, dim3 grid, unsigned threads, size_t share
     void *memory = nullptr;
     if (posix_memalign(&memory, 128, shared ? shared : 1)) abort();
     dynamic_shared = (unsigned char *)memory;
+    dynamic_bytes = shared;
+    keeps_views = with_matrices.count(name) > 0;
     if (fibres.size() < threads) fibres.resize(threads);
     std::vector<uint64_t> blocks((size_t)grid.x * grid.y * grid.z);
     for (size_t i = 0; i < blocks.size(); i++)
@@ -404,9 +471,15 @@ static void run_grid(const char *name, dim3 grid, unsigned threads, size_t share
     for (uint64_t b : blocks) {
         block_index = {(unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y),
                        (unsigned)(b / grid.x / grid.y)};
-        run_block(threads, shared);
+        run_block(threads);
     }
     free(memory);
+}
+
+void free_stacks() {
+    for (fibre &one : fibres)
+        free(one.stack);
+    fibres.clear();
 }
 
 } // namespace emu
@@ -414,213 +487,4 @@ static void run_grid(const char *name, dim3 grid, unsigned threads, size_t share
 extern "C" void emu_set_order(int mode, uint64_t seed) {
     emu::order_mode = mode;
     emu::random_order.seed(seed);
-}
-
-/* ---- gpu.h ---- */
-
-typedef std::vector<std::function<void()>> work;
-
-struct gpu_graph {
-    work steps;
-};
-
-struct gpu {
-    struct gpu_info info;
-    size_t used;
-    std::map<void *, size_t> memory, host;
-    work queued;
-    bool recording;
-    std::string error;
-};
-
-static const size_t LIMIT_THREADS = 1024, LIMIT_SHARED = 227 << 10, LIMIT_YZ = 65535;
-
-static void queue(struct gpu *g, std::function<void()> step) {
-    g->queued.push_back(std::move(step));
-}
-
-void emu::enqueue(struct gpu *g, const char *name, dim3 grid, unsigned threads, size_t shared,
-                  std::function<void()> kernel) {
-    if (!grid.x || !grid.y || !grid.z || grid.y > LIMIT_YZ || grid.z > LIMIT_YZ || !threads ||
-        threads > LIMIT_THREADS || shared > LIMIT_SHARED) {
-        if (g->error.empty()) g->error = std::string(name) + ": a launch that no device takes";
-        return;
-    }
-    queue(g, [=] { run_grid(name, grid, threads, shared, kernel); });
-}
-
-static int n_open;
-
-enum err gpu_open(struct gpu **out, char *msg, size_t msg_len) {
-    (void)msg, (void)msg_len;
-    emu::read_environment();
-    struct gpu *g = new gpu();
-    strcpy(g->info.name, "emulated device");
-    g->info.capability = 90;
-    g->info.n_processors = 4;
-    const char *processors = getenv("URCHIN_EMULATED_PROCESSORS");
-    if (processors) g->info.n_processors = atoi(processors);
-    const char *bytes = getenv("URCHIN_EMULATED_BYTES");
-    g->info.total_bytes = bytes ? strtoull(bytes, NULL, 10) : (unsigned long long)4 << 30;
-    g->info.emulated = true;
-    n_open++;
-    *out = g;
-    return OK;
-}
-
-void gpu_close(struct gpu *g) {
-    if (!g) return;
-    for (auto &one : g->memory)
-        free(one.first);
-    for (auto &one : g->host)
-        free(one.first);
-    delete g;
-    if (--n_open) return;
-    for (auto &one : emu::fibres)
-        free(one.stack);
-    emu::fibres.clear();
-}
-
-const struct gpu_info *gpu_info(const struct gpu *g) {
-    return &g->info;
-}
-size_t gpu_free_bytes(struct gpu *g) {
-    return g->info.total_bytes - g->used;
-}
-
-enum err gpu_alloc(struct gpu *g, void **out, size_t bytes) {
-    void *at = nullptr;
-    if (bytes > gpu_free_bytes(g) || posix_memalign(&at, 256, bytes ? bytes : 1)) return ERR_NOMEM;
-    memset(at, 0, bytes);
-    g->memory[at] = bytes;
-    g->used += bytes;
-    *out = at;
-    return OK;
-}
-
-void gpu_release(struct gpu *g, void *at) {
-    if (!at) return;
-    gpu_wait(g);
-    g->used -= g->memory.at(at);
-    g->memory.erase(at);
-    free(at);
-}
-
-enum err gpu_host_alloc(struct gpu *g, void **out, size_t bytes) {
-    void *at = nullptr;
-    if (posix_memalign(&at, 256, bytes ? bytes : 1)) return ERR_NOMEM;
-    memset(at, 0xff, bytes);
-    g->host[at] = bytes;
-    *out = at;
-    return OK;
-}
-
-void gpu_host_release(struct gpu *g, void *at) {
-    if (!at) return;
-    gpu_wait(g);
-    g->host.erase(at);
-    free(at);
-}
-
-/* Copies stay inside one allocation. */
-static void check_device(struct gpu *g, const void *at, size_t bytes, const char *what) {
-    auto after = g->memory.upper_bound((void *)at);
-    if (after != g->memory.begin()) {
-        auto one = std::prev(after);
-        if ((const char *)at + bytes <= (const char *)one->first + one->second) return;
-    }
-    fprintf(stderr, "emu: %s of %zu bytes outside the device's memory\n", what, bytes);
-    abort();
-}
-
-static void not_recorded(struct gpu *g, const char *what) {
-    if (g->recording && g->error.empty())
-        g->error = std::string(what) + " while a graph is recorded";
-}
-
-void gpu_upload(struct gpu *g, void *device, const void *host, size_t bytes) {
-    not_recorded(g, "an upload");
-    check_device(g, device, bytes, "an upload");
-    queue(g, [=] { memcpy(device, host, bytes); });
-}
-void gpu_download(struct gpu *g, void *host, const void *device, size_t bytes) {
-    not_recorded(g, "a download");
-    check_device(g, device, bytes, "a download");
-    memset(host, 0xff, bytes);
-    queue(g, [=] { memcpy(host, device, bytes); });
-}
-void gpu_copy(struct gpu *g, void *to, const void *from, size_t bytes) {
-    check_device(g, to, bytes, "a copy");
-    check_device(g, from, bytes, "a copy");
-    queue(g, [=] { memmove(to, from, bytes); });
-}
-void gpu_fill(struct gpu *g, void *at, int byte, size_t bytes) {
-    check_device(g, at, bytes, "a fill");
-    queue(g, [=] { memset(at, byte, bytes); });
-}
-
-enum err gpu_wait(struct gpu *g) {
-    not_recorded(g, "a wait");
-    work steps;
-    if (!g->recording) steps.swap(g->queued);
-    for (auto &step : steps)
-        if (g->error.empty()) step();
-    return g->error.empty() ? OK : ERR_DEVICE;
-}
-const char *gpu_error(const struct gpu *g) {
-    return g->error.c_str();
-}
-
-void gpu_record_begin(struct gpu *g) {
-    gpu_wait(g);
-    g->recording = true;
-}
-enum err gpu_record_end(struct gpu *g, struct gpu_graph **out) {
-    g->recording = false;
-    struct gpu_graph *graph = new gpu_graph();
-    graph->steps.swap(g->queued);
-    if (!g->error.empty()) {
-        delete graph;
-        return ERR_DEVICE;
-    }
-    *out = graph;
-    return OK;
-}
-void gpu_replay(struct gpu *g, struct gpu_graph *graph) {
-    not_recorded(g, "a replay");
-    for (const auto &step : graph->steps)
-        g->queued.push_back(step);
-}
-void gpu_graph_free(struct gpu *g, struct gpu_graph *graph) {
-    if (!graph) return;
-    gpu_wait(g);
-    delete graph;
-}
-
-void gpu_gemm(struct gpu *g, float *y, size_t y_stride, const void *x, size_t x_stride, int n_rows,
-              const void *w, int n_out, int n_in, int element_bytes) {
-    queue(g, [=] {
-        auto element = [&](const void *at, size_t i) {
-            return element_bytes == 4 ? ((const float *)at)[i]
-                                      : bf16_to_float(((const uint16_t *)at)[i]);
-        };
-        std::vector<float> row((size_t)n_in);
-        for (size_t m = 0; m < (size_t)n_rows; m++) {
-            for (size_t k = 0; k < (size_t)n_in; k++)
-                row[k] = element(x, m * x_stride + k);
-            for (size_t n = 0; n < (size_t)n_out; n++) {
-                float lanes[8] = {}; /* eight sums, so that the loop below is one of vectors */
-                size_t k = 0, from = n * (size_t)n_in;
-                for (; k + 8 <= (size_t)n_in; k += 8)
-                    for (size_t i = 0; i < 8; i++)
-                        lanes[i] += row[k + i] * element(w, from + k + i);
-                for (; k < (size_t)n_in; k++)
-                    lanes[k % 8] += row[k] * element(w, from + k);
-                float sum = 0;
-                for (float lane : lanes)
-                    sum += lane;
-                y[m * y_stride + n] = sum;
-            }
-        }
-    });
 }

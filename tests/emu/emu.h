@@ -4,8 +4,8 @@
  * block is a fibre that runs to its next barrier; one block runs at a time.  What is queued runs when the host waits,
  * and not before, so what the host changes or reads too early shows.  Shared memory is NaN when a block
  * starts, an asynchronous copy arrives when it is waited for and leaves NaN until then, device memory is one allocation
- * each (AddressSanitizer sees every byte beyond), and threads of a warp or block that part before a barrier are
- * an error.
+ * each (AddressSanitizer sees every byte beyond), ldmatrix sees what was in shared memory at its warp's last barrier
+ * (shuffles and mma are none), and threads of a warp or block that part before a barrier are an error.
  *
  *   URCHIN_EMULATED_BYTES=N     of device memory, in place of 4 GiB
  *   URCHIN_EMULATED_PROCESSORS=N in place of 4

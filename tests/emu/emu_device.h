@@ -37,7 +37,8 @@ struct copy {
     void *to;
     const void *from;
 };
-enum status { READY, AT_WARP_BARRIER, AT_BLOCK_BARRIER, DONE };
+/* An exchange (shuffle, ldmatrix, mma) brings a warp's lanes together; only a barrier orders memory. */
+enum status { READY, AT_WARP_BARRIER, AT_EXCHANGE, AT_BLOCK_BARRIER, DONE };
 struct fibre {
     void *stack_pointer;
     char *stack;
@@ -64,6 +65,10 @@ void exchanged();               /* the current lane has read what it wanted */
 void enqueue(struct gpu *g, const char *name, dim3 grid, unsigned threads, size_t shared,
              std::function<void()> body);
 
+void run_grid(const char *name, dim3 grid, unsigned threads, size_t shared, const std::function<void()> &kernel);
+void read_environment();
+void free_stacks();
+
 inline void warp_barrier(const site &where) {
     if (met(where)) wait_at(AT_WARP_BARRIER);
 }
@@ -74,7 +79,7 @@ inline void block_barrier(const site &where) {
 template <class T> T from_lane(T value, int lane) {
     static_assert(sizeof(T) == 4, "a word");
     memcpy(exchange(current->lane), &value, 4);
-    wait_at(AT_WARP_BARRIER);
+    wait_at(AT_EXCHANGE);
     T other;
     memcpy(&other, exchange(lane), 4);
     exchanged();
@@ -133,7 +138,7 @@ template <class T> static inline T __shfl_up_sync(unsigned, T value, int by) {
 static inline unsigned __ballot_sync(unsigned, int predicate) {
     unsigned all = 0;
     *emu::exchange(emu::current->lane) = predicate != 0;
-    emu::wait_at(emu::AT_WARP_BARRIER);
+    emu::wait_at(emu::AT_EXCHANGE);
     for (int lane = 0; lane < 32; lane++)
         all |= *emu::exchange(lane) << lane;
     emu::exchanged();
