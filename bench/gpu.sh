@@ -17,6 +17,7 @@ part matmul "$build/bench/gpu_matmul"
 part prefill python3 bench/gpu_prefill.py --program "$build/bench/gpu_prefill"
 part model "$build/urchin" bench $model --device cuda --weights bf16 --batch 1,32,256 --depth 0,1000,32000 --n-prompt 512 --n-gen 128
 part model "$build/urchin" bench $model --device cuda --weights int8 --batch 1,256 --depth 1000 --n-prompt 512 --n-gen 128
+part model "$build/urchin" bench $model --device cuda --weights fp8 --batch 1,256 --depth 1000 --n-prompt 512 --n-gen 128
 part step python3 bench/gpu_step.py --urchin "$build/urchin"
 part server env URCHIN="$build/urchin" MODEL=$model SERVE_ARGS="--device cuda --weights bf16 --max-seqs 64" \
     bench/with-server python3 bench/gpu_server.py

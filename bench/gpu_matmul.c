@@ -1,7 +1,7 @@
 /* gpu_matmul.c - how fast a device reads weights when it multiplies few rows, beside what its
  * memory gives and beside the library's GEMM over the same matrix in bf16.
  *
- *   build/bench/gpu_matmul [135m|8b [fp32|bf16|int8|int4]]
+ *   build/bench/gpu_matmul [135m|8b [fp32|bf16|int8|int4|fp8]]
  *
  * Products are replayed as one graph, as a step of the model is, each over another copy of the
  * matrix: together at least 160 MB, so that caches serve nothing.  Median of several replays. Bytes
@@ -150,8 +150,9 @@ static void measure(int n_in, int n_out, int only, double bandwidth) {
            y_bytes = (size_t)MAX_ROWS * (size_t)n_out * 4;
     w.x = device_bytes(x_bytes);
     w.y = device_bytes(y_bytes);
-    static const enum weight_type order[] = {WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4, WEIGHT_FP32};
-    for (int t = 0; t < 4; t++) {
+    static const enum weight_type order[] = {WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4, WEIGHT_FP8,
+                                             WEIGHT_FP32};
+    for (int t = 0; t < 5; t++) {
         enum weight_type type = order[t];
         if (type != WEIGHT_BF16 && only >= 0 && type != (enum weight_type)only) continue;
         w.n_copies = make_copies(copies, type, n_out, n_in);
@@ -186,10 +187,10 @@ int main(int argc, char **argv) {
         {4096, 6144}, {4096, 4096}, {4096, 28672}, {14336, 4096}, {4096, 128256}};
     char msg[256] = "";
     int only = -1;
-    for (int t = 0; t < 4; t++)
+    for (int t = 0; t < 5; t++)
         if (argc > 2 && !strcmp(argv[2], weight_type_name((enum weight_type)t))) only = t;
     if ((argc > 1 && strcmp(argv[1], "135m") && strcmp(argv[1], "8b")) || (argc > 2 && only < 0)) {
-        fprintf(stderr, "usage: gpu_matmul [135m|8b [fp32|bf16|int8|int4]]\n");
+        fprintf(stderr, "usage: gpu_matmul [135m|8b [fp32|bf16|int8|int4|fp8]]\n");
         return 2;
     }
     if (gpu_open(&gpu, msg, sizeof msg)) {

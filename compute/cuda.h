@@ -151,6 +151,51 @@ DEVICE uint32_t pack_bf16(float low, float high) {
 #endif
 }
 
+/* ---- E4M3: ops.h's twin ---- */
+
+/* To the nearest, ties to even; beyond 448: 448; NaN stays NaN.  Adding 2^14, whose last bit is worth 2^-9, rounds what lies
+ * below 2^-6 to E4M3's multiples of 2^-9. */
+DEVICE uint8_t float_to_e4m3(float x) {
+    const uint32_t bits = as_bits(x), size = bits & 0x7fffffffu, sign = bits >> 24 & 0x80u;
+    uint32_t code;
+    if (size > 0x7f800000u)
+        code = 0x7fu;
+    else if (size >= 0x43e00000u) /* 448 */
+        code = 0x7eu;
+    else if (size < 0x3c800000u) /* 2^-6 */
+        code = as_bits(as_float(size) + 16384.0f) - 0x46800000u;
+    else
+        code = ((size + 0x7ffffu + (size >> 20 & 1u)) >> 20) - (120u << 3);
+    return (uint8_t)(code | sign);
+}
+
+DEVICE float e4m3_to_float(uint8_t e) {
+    const uint32_t size = e & 0x7fu, sign = (uint32_t)(e & 0x80u) << 24;
+    if (size == 0x7fu) return as_float(0x7fffffffu);
+    return as_float(sign | as_bits(as_float(size << 20) * 0x1p120f));
+}
+
+/* Bytes 2 pair and 2 pair + 1 of q as two bf16, exactly: a byte's exponent and mantissa become the last bits of bf16's, which is
+ * 2^-120 of its value (subnormal where the byte is), and are multiplied by 2^120.  Not for NaN. */
+DEVICE uint32_t e4m3_pair_to_bf16(uint32_t q, int pair) {
+#if defined(__CUDA_ARCH__)
+    const uint32_t upper = __byte_perm(q, 0, pair ? 0x3424 : 0x1404);
+#else
+    const uint32_t two = q >> 16 * pair, upper = (two & 0xffu) << 8 | (two & 0xff00u) << 16;
+#endif
+    const uint32_t small = (upper & 0x80008000u) | (upper >> 4 & 0x07f007f0u);
+#if defined(__CUDA_ARCH__)
+    uint32_t both;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+        : "=r"(both)
+        : "r"(small), "r"(0x7b807b80u), "r"(0x80008000u)); /* small * 2^120 + -0 */
+    return both;
+#else
+    return pack_bf16(bf16_to_float((uint16_t)small) * 0x1p120f,
+                     bf16_to_float((uint16_t)(small >> 16)) * 0x1p120f);
+#endif
+}
+
 /* ---- sums over threads, in an order of their own: every lane or thread gets the same bits ---- */
 
 DEVICE float warp_sum(float x) {

@@ -36,6 +36,10 @@ static inline size_t gpu_shared_bytes(const struct gpu_info *info) {
     bool graphics = info->capability == 86 || info->capability == 89 || info->capability >= 120;
     return (size_t)(graphics ? 99 : 163) << 10;
 }
+/* Tensor cores that multiply E4M3. */
+static inline bool gpu_has_fp8(const struct gpu_info *info) {
+    return info->capability >= 89;
+}
 size_t gpu_free_bytes(struct gpu *g); /* device memory that can be had now */
 
 /* Device memory: zeroed, 256-byte aligned, owned by the caller until gpu_release().  ERR_NOMEM. */
@@ -69,6 +73,12 @@ void gpu_graph_free(struct gpu *g, struct gpu_graph *graph); /* NULL is fine */
  * on how many there are. */
 void gpu_gemm(struct gpu *g, float *y, size_t y_stride, const void *x, size_t x_stride, int n_rows, const void *w, int n_out,
               int n_in, int element_bytes);
+
+/* The same for E4M3:  y[m][n] = x_scales[m] w_scales[n] sum_k x[m][k] w[n][k],  x [n_rows][n_in] and w dense bytes, scales fp32,
+ * n_out and n_in multiples of 16, everything 16-byte aligned; y_stride as it likes.  false: this library has no such scales for this shape on this
+ * device (it has since CUDA 12.9 on 9.0), and y is the bare sum. */
+bool gpu_gemm_fp8(struct gpu *g, float *y, size_t y_stride, const void *x, const float *x_scales, int n_rows, const void *w,
+                  const float *w_scales, int n_out, int n_in);
 
 #ifdef __cplusplus
 }

@@ -68,6 +68,11 @@ struct gemm_shape { /* what an algorithm is chosen by */
     }
 };
 
+struct gemm_way {
+    cublasLtMatmulAlgo_t algorithm;
+    bool scaled; /* fp8: the library multiplies by both scales */
+};
+
 enum { WORKSPACE = 32 << 20 };
 
 struct gpu {
@@ -77,7 +82,7 @@ struct gpu {
     library lt;
     cublasLtHandle_t blas;
     void *workspace;
-    std::map<gemm_shape, cublasLtMatmulAlgo_t> algorithms;
+    std::map<gemm_shape, gemm_way> ways;
 };
 
 struct gpu_graph {
@@ -265,7 +270,10 @@ void gpu_graph_free(struct gpu *g, struct gpu_graph *graph) {
  *
  * In the library's column-major terms  Y^T [n_out x n_rows] = W^T' [n_out x n_in] X^T [n_in x n_rows]:  its m is n_out, n is
  * n_rows.  The algorithm is chosen once for each shape of W, for CHOSEN_ROWS rows, without split K, and then used for
- * any number of rows: tile and order of k are part of it, so a row's sum is always made in the same way. */
+ * any number of rows: tile and order of k are part of it, so a row's sum is always made in the same way.
+ *
+ * fp8 sums stay fp32 throughout (no "fast accumulation", which loses bits on Hopper).  Scales of rows and columns are
+ * the library's "outer vectors" where its heuristics offer an algorithm for them, else the caller's business. */
 
 enum { CHOSEN_ROWS = 512 };
 
@@ -281,14 +289,48 @@ static void gemm_free(struct gpu *g, gemm *m) {
     if (m->operation) g->lt.desc_destroy(m->operation);
 }
 
+struct gemm_scales { /* on the device, fp32; NULL: none */
+    const float *x, *w;
+};
+
+static cublasStatus_t set_scales(struct gpu *g, gemm *m, const gemm_scales &scales) {
+#if CUBLAS_VERSION >= 120900
+    const int32_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+    const struct {
+        cublasLtMatmulDescAttributes_t which;
+        const void *value;
+        size_t bytes;
+    } all[] = {
+        {CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof mode},
+        {CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof mode},
+        {CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &scales.w, sizeof scales.w},
+        {CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &scales.x, sizeof scales.x},
+    };
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    for (const auto &one : all)
+        if (!status) status = g->lt.desc_set(m->operation, one.which, one.value, one.bytes);
+    return status;
+#else
+    (void)g, (void)m, (void)scales;
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+#endif
+}
+
 static cublasStatus_t gemm_describe(struct gpu *g, gemm *m, const gemm_shape &s, size_t y_stride,
-                                    size_t x_stride, int n_rows) {
-    const cudaDataType type = s.element_bytes == 4 ? CUDA_R_32F : CUDA_R_16BF;
+                                    size_t x_stride, int n_rows, const gemm_scales &scales) {
+    const cudaDataType type = s.element_bytes == 4   ? CUDA_R_32F
+                              : s.element_bytes == 2 ? CUDA_R_16BF
+                                                     : CUDA_R_8F_E4M3;
+    const int8_t no_fast_sums = 0;
     const cublasOperation_t transposed = CUBLAS_OP_T;
     cublasStatus_t status = g->lt.desc_create(&m->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F);
     if (!status)
         status = g->lt.desc_set(m->operation, CUBLASLT_MATMUL_DESC_TRANSA, &transposed,
                                 sizeof transposed);
+    if (!status && s.element_bytes == 1)
+        status = g->lt.desc_set(m->operation, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &no_fast_sums,
+                                sizeof no_fast_sums);
+    if (!status && scales.x) status = set_scales(g, m, scales);
     if (!status)
         status = g->lt.layout_create(&m->w, type, (uint64_t)s.n_in, (uint64_t)s.n_out, s.n_in);
     if (!status)
@@ -300,7 +342,8 @@ static cublasStatus_t gemm_describe(struct gpu *g, gemm *m, const gemm_shape &s,
     return status;
 }
 
-static cublasStatus_t gemm_choose(struct gpu *g, const gemm_shape &s, cublasLtMatmulAlgo_t *chosen) {
+static cublasStatus_t gemm_choose(struct gpu *g, const gemm_shape &s, const gemm_scales &scales,
+                                  cublasLtMatmulAlgo_t *chosen) {
     gemm m = {};
     cublasLtMatmulPreference_t preference = NULL;
     cublasLtMatmulHeuristicResult_t found[8];
@@ -309,7 +352,7 @@ static cublasStatus_t gemm_choose(struct gpu *g, const gemm_shape &s, cublasLtMa
     const size_t workspace = WORKSPACE;
     const uint32_t alignment = 16; /* of x and y: any number of rows must take the algorithm */
     cublasStatus_t status =
-        gemm_describe(g, &m, s, (size_t)s.n_out, (size_t)s.n_in, CHOSEN_ROWS);
+        gemm_describe(g, &m, s, (size_t)s.n_out, (size_t)s.n_in, CHOSEN_ROWS, scales);
     if (!status) status = g->lt.preference_create(&preference);
     auto prefer = [&](cublasLtMatmulPreferenceAttributes_t which, const void *value, size_t bytes) {
         if (!status) status = g->lt.preference_set(preference, which, value, bytes);
@@ -338,23 +381,43 @@ static cublasStatus_t gemm_choose(struct gpu *g, const gemm_shape &s, cublasLtMa
     return status;
 }
 
-void gpu_gemm(struct gpu *g, float *y, size_t y_stride, const void *x, size_t x_stride, int n_rows,
-              const void *w, int n_out, int n_in, int element_bytes) {
-    if (g->error[0] || n_rows <= 0) return;
-    const gemm_shape s = {n_out, n_in, element_bytes};
-    auto known = g->algorithms.find(s);
-    if (known == g->algorithms.end()) {
-        cublasLtMatmulAlgo_t chosen;
-        library_called(g, gemm_choose(g, s, &chosen), "choosing a GEMM");
-        if (g->error[0]) return;
-        known = g->algorithms.emplace(s, chosen).first;
-    }
+/* NULL, and an error is kept: there is none. */
+static const gemm_way *way_for(struct gpu *g, const gemm_shape &s, const gemm_scales &scales) {
+    auto known = g->ways.find(s);
+    if (known != g->ways.end()) return &known->second;
+    gemm_way way = {};
+    cublasStatus_t status = CUBLAS_STATUS_NOT_SUPPORTED;
+    if (scales.x) status = gemm_choose(g, s, scales, &way.algorithm);
+    way.scaled = !status;
+    if (status) status = gemm_choose(g, s, {}, &way.algorithm);
+    library_called(g, status, "choosing a GEMM");
+    return status ? NULL : &g->ways.emplace(s, way).first->second;
+}
+
+static bool multiply(struct gpu *g, float *y, size_t y_stride, const void *x, size_t x_stride,
+                     int n_rows, const void *w, const gemm_shape &s, const gemm_scales &scales) {
+    if (g->error[0] || n_rows <= 0) return true;
+    const gemm_way *way = way_for(g, s, scales);
+    if (!way) return true;
     gemm m = {};
     const float one = 1, zero = 0;
-    cublasStatus_t status = gemm_describe(g, &m, s, y_stride, x_stride, n_rows);
+    cublasStatus_t status = gemm_describe(g, &m, s, y_stride, x_stride, n_rows,
+                                          way->scaled ? scales : gemm_scales{});
     if (!status)
         status = g->lt.matmul(g->blas, m.operation, &one, w, m.w, x, m.x, &zero, y, m.y, y, m.y,
-                              &known->second, g->workspace, WORKSPACE, g->stream);
+                              &way->algorithm, g->workspace, WORKSPACE, g->stream);
     library_called(g, status, "a GEMM");
     gemm_free(g, &m);
+    return way->scaled;
+}
+
+void gpu_gemm(struct gpu *g, float *y, size_t y_stride, const void *x, size_t x_stride, int n_rows,
+              const void *w, int n_out, int n_in, int element_bytes) {
+    multiply(g, y, y_stride, x, x_stride, n_rows, w, {n_out, n_in, element_bytes}, {});
+}
+
+bool gpu_gemm_fp8(struct gpu *g, float *y, size_t y_stride, const void *x, const float *x_scales,
+                  int n_rows, const void *w, const float *w_scales, int n_out, int n_in) {
+    return multiply(g, y, y_stride, x, (size_t)n_in, n_rows, w, {n_out, n_in, 1},
+                    {x_scales, w_scales});
 }

@@ -70,6 +70,8 @@ static size_t tile_bytes(const gpu_matrix *w) {
         return (size_t)TILE * (size_t)w->stride * 2;
     case WEIGHT_INT8:
         return (size_t)w->n_blocks * INT8_RECORD;
+    case WEIGHT_FP8:
+        return (size_t)TILE * (size_t)w->stride;
     case WEIGHT_INT4:
         break;
     }
@@ -92,6 +94,10 @@ static void pack_row(unsigned char *to, const gpu_matrix *w, const struct matrix
             memcpy(&bits, &row[k], 4);
             out[k] = (uint16_t)(bits >> 16);
         }
+        return;
+    }
+    if (w->type == WEIGHT_FP8) {
+        memcpy(to + (size_t)r * (size_t)w->stride, matrix_get_fp8(from, n, row), (size_t)w->n_in);
         return;
     }
     for (int b = 0; b < w->n_blocks; b++) {
@@ -151,6 +157,23 @@ static enum err upload(struct gpu *g, const gpu_matrix *w, const struct matrix *
     return err;
 }
 
+static enum err upload_scales(struct gpu *g, gpu_matrix *w, const struct matrix *from) {
+    const size_t bytes = (size_t)w->n_out * sizeof(float);
+    void *at = NULL;
+    float *scales = (float *)malloc(bytes);
+    enum err err = scales ? gpu_alloc(g, &at, bytes) : ERR_NOMEM;
+    w->scales = (float *)at;
+    w->bytes += bytes;
+    for (int n = 0; n < w->n_out && err == OK; n++)
+        matrix_get_fp8(from, n, &scales[n]);
+    if (err == OK) {
+        gpu_upload(g, at, scales, bytes);
+        err = gpu_wait(g);
+    }
+    free(scales);
+    return err;
+}
+
 enum err gpu_matrix_new(struct gpu_matrix **out, struct gpu *g, const struct matrix *from) {
     gpu_matrix *w = (gpu_matrix *)calloc(1, sizeof *w);
     if (!w) return ERR_NOMEM;
@@ -167,6 +190,7 @@ enum err gpu_matrix_new(struct gpu_matrix **out, struct gpu *g, const struct mat
     enum err err = gpu_alloc(g, &at, w->bytes);
     w->data = (unsigned char *)at;
     if (err == OK) err = upload(g, w, from);
+    if (err == OK && w->type == WEIGHT_FP8) err = upload_scales(g, w, from);
     if (err == OK && w->type == WEIGHT_BF16 && w->stride != w->n_in) {
         const size_t dense = (size_t)w->n_out * (size_t)w->n_in * 2;
         err = gpu_alloc(g, &w->dense, dense);
@@ -185,6 +209,7 @@ void gpu_matrix_free(struct gpu *g, struct gpu_matrix *w) {
     if (!w) return;
     gpu_release(g, w->data);
     gpu_release(g, w->dense);
+    gpu_release(g, w->scales);
     free(w);
 }
 
@@ -207,7 +232,8 @@ static bool has_blocks(const struct gpu_matrix *w) {
     return w->type == WEIGHT_INT8 || w->type == WEIGHT_INT4;
 }
 
-size_t gpu_matmul_scratch_bytes(const struct gpu_matrix *w) {
+size_t gpu_matmul_scratch_bytes(const struct gpu_matrix *w, int n_rows) {
+    if (w->type == WEIGHT_FP8) return (size_t)n_rows * ((size_t)w->n_in + sizeof(float));
     return has_blocks(w) ? (size_t)w->n_out * (size_t)w->n_in * 2 : 0;
 }
 
@@ -217,6 +243,16 @@ void gpu_matmul(struct gpu *g, void *scratch, float *y, size_t y_stride, const v
     if (n_rows == 0) return;
     if (path == GPU_GENERATED) {
         gpu_matrix_product(g, y, y_stride, x, x_stride, n_rows, w, bias, 0);
+        return;
+    }
+    if (w->type == WEIGHT_FP8) {
+        float *scales = (float *)((unsigned char *)scratch + (size_t)n_rows * (size_t)w->n_in);
+        gpu_quantise_fp8(g, scratch, scales, x, x_stride, n_rows, w->n_in);
+        if (!gpu_gemm_fp8(g, y, y_stride, scratch, scales, n_rows, w->data, w->scales, w->n_out,
+                          w->n_in))
+            gpu_scale_fp8(g, y, y_stride, scales, w->scales, bias, n_rows, w->n_out);
+        else if (bias)
+            LAUNCH(g, add_bias, dim3((unsigned)n_rows), 256, 0, y, y_stride, bias, w->n_out);
         return;
     }
     const void *weights = w->dense ? w->dense : w->data;

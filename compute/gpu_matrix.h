@@ -2,12 +2,13 @@
  *
  *   y[m][n] = bias[n] + sum_k x[m][k] W[n][k]
  *
- * A matrix holds the very values of the packed matrix it was made from (same fp16 scales, same integers).  Rows of X are fp32
+ * A matrix holds the very values of the packed matrix it was made from (same scales, same integers).  Rows of X are fp32
  * where weights are fp32, bf16 otherwise (int8 and int4 weights are widened to bf16 products, fp32 sums: activations are not
- * quantised).
+ * quantised).  fp8 weights (devices with gpu_has_fp8()) are widened for generated rows, which is exact; rows of a prompt are
+ * themselves quantised, each to E4M3 by its own absmax / 448, and fp8 products are summed.
  *
  * Promise: y[m][:] depends on x[m][:], W and the path alone - not on n_rows, m or the other rows.  The two paths may
- * differ in their last bits: rows of a prompt always take GPU_PROMPT (the library's GEMM, one algorithm per shape; int8 and
+ * differ in their last bits (fp8: by what rounding a row to E4M3 does): rows of a prompt always take GPU_PROMPT (the library's GEMM, one algorithm per shape; int8 and
  * int4 are widened to a bf16 matrix first), generated rows always GPU_GENERATED (our kernel, which reads the weights
  * once per 64 rows, summing k in one fixed order). */
 #ifndef URCHIN_COMPUTE_GPU_MATRIX_H
@@ -32,8 +33,9 @@ int gpu_matrix_n_in(const struct gpu_matrix *w);
 size_t gpu_matrix_bytes(const struct gpu_matrix *w);
 bool gpu_matrix_reads_bf16(const struct gpu_matrix *w); /* rows of X are bf16, not fp32 */
 
-/* Room for the widest matrix in bf16, for int8 and int4 weights on GPU_PROMPT: 2 n_out n_in bytes; 0 for the others. */
-size_t gpu_matmul_scratch_bytes(const struct gpu_matrix *w);
+/* Room for GPU_PROMPT with up to n_rows rows: int8 and int4 the matrix in bf16, 2 n_out n_in bytes; fp8 the rows,
+ * n_rows (n_in + 4); 0 for the others. */
+size_t gpu_matmul_scratch_bytes(const struct gpu_matrix *w, int n_rows);
 
 /* Everything on the device; strides in elements of x and y.  bias [n_out] fp32 or NULL.  n_rows 0 does nothing.  x_stride and its
  * row starts are multiples of 16 bytes. */

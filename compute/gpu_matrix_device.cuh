@@ -2,6 +2,7 @@
  *
  * fp32   W[n][k] row by row, as the library's GEMM wants it.
  * bf16   the same, every row padded with zeros to a multiple of 8 (16 bytes).
+ * fp8    W[n][k] row by row, n_in bytes each, and one fp32 scale for each row.
  * int8, int4   records of 16 rows n and one block of 32 k, [n_tiles][n_blocks][record], in the
  * order in which the lanes of a warp need them as the A operand of mma m16n8k16: int8 544 bytes
  * lane 4 g + t: uint8 q + 128 of row g, k = 8 t .. 8 t + 7, then of row g + 8 then g = 0 .. 7: fp16
@@ -15,7 +16,8 @@
  * lie, 16 bytes a lane, without ldmatrix.
  *
  * A weight's value, in every kernel, is fp32 s q (exact: 11 + 7 bits) or s q + m (rounded once),
- * and where a product takes bf16 that value rounded to nearest even. */
+ * and where a product takes bf16 that value rounded to nearest even.  Of fp8 products take q, which
+ * bf16 holds exactly, and sums are multiplied by s. */
 #ifndef URCHIN_COMPUTE_GPU_MATRIX_DEVICE_CUH
 #define URCHIN_COMPUTE_GPU_MATRIX_DEVICE_CUH
 
@@ -38,10 +40,11 @@ enum {
 struct gpu_matrix {
     enum weight_type type;
     int n_out, n_in, n_blocks, n_tiles;
-    int stride;          /* elements from row to row: fp32, bf16 */
+    int stride;          /* elements from row to row: fp32, bf16, fp8 */
     int n_processors;    /* of the device */
     int shared_bytes;    /* that a block of threads can have there */
     unsigned char *data; /* owned */
+    float *scales;       /* owned: fp8, [n_out]; else NULL */
     void
         *dense; /* owned: rows without padding for the GEMM, where bf16 rows have some; else NULL */
     size_t bytes;
@@ -99,6 +102,16 @@ DEVICE void read_int4(uint32_t (&out)[2][4], const unsigned char *at, int lane, 
     widen_int4(out[1], q.y, fp16_of_pair(sm.x, 1), fp16_of_pair(sm.y, 1), magic);
 }
 
+/* Of fp8 record `at`, 16 rows of 32 bytes: q alone, not s q. */
+DEVICE void read_fp8(uint32_t (&out)[2][4], const unsigned char *at, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint2 q = ((const uint2 *)at)[half * WARP + lane];
+        out[half][0] = e4m3_pair_to_bf16(q.x, 0), out[half][1] = e4m3_pair_to_bf16(q.x, 1);
+        out[half][2] = e4m3_pair_to_bf16(q.y, 0), out[half][3] = e4m3_pair_to_bf16(q.y, 1);
+    }
+}
+
 /* W[n][k] */
 DEVICE float matrix_value(const gpu_matrix &w, int n, int k) {
     const size_t record = (size_t)(n / TILE) * (size_t)w.n_blocks + (size_t)(k / K_BLOCK);
@@ -113,6 +126,8 @@ DEVICE float matrix_value(const gpu_matrix &w, int n, int k) {
         const uint16_t *s = (const uint16_t *)(at + INT8_SCALES);
         return half_to_float(s[2 * g + half]) * (float)((int)at[16 * lane + 8 * half + i] - 128);
     }
+    case WEIGHT_FP8:
+        return w.scales[n] * e4m3_to_float(w.data[(size_t)n * (size_t)w.stride + (size_t)k]);
     default: {
         const unsigned char *at = w.data + record * INT4_RECORD;
         const uint16_t *sm = (const uint16_t *)(at + INT4_SCALES) + 4 * g + half;
@@ -127,5 +142,11 @@ DEVICE float matrix_value(const gpu_matrix &w, int n, int k) {
 extern "C" void gpu_matrix_product(struct gpu *g, float *y, size_t y_stride, const void *x,
                                    size_t x_stride, int n_rows, const struct gpu_matrix *w,
                                    const float *bias, int tiles);
+
+/* gpu_fp8.cu: rows of bf16 as E4M3, and what multiplies sums of them. */
+extern "C" void gpu_quantise_fp8(struct gpu *g, void *q, float *scales, const void *x,
+                                 size_t x_stride, int n_rows, int n_in);
+extern "C" void gpu_scale_fp8(struct gpu *g, float *y, size_t y_stride, const float *x_scales,
+                              const float *w_scales, const float *bias, int n_rows, int n_out);
 
 #endif

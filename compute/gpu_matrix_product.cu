@@ -1,12 +1,14 @@
 /* gpu_matrix_product.cu - y = x W^T + bias for generated rows: every weight is read once per 64
  * rows.
  *
- * bf16, int8, int4 weights.  W is the A operand of mma m16n8k16 (16 rows n), rows of x are the 8
- * columns of B, so that one row of x costs no more loads of W than eight.  A block of threads makes
- * 16 M columns n of y for 8 N rows of x.  Its P warps split k: warp p sums blocks b of 32 k,
+ * bf16, fp8, int8, int4 weights.  W is the A operand of mma m16n8k16 (16 rows n), rows of x are the
+ * 8 columns of B, so that one row of x costs no more loads of W than eight.  A block of threads
+ * makes 16 M columns n of y for 8 N rows of x.  Its P warps split k: warp p sums blocks b of 32 k,
  *   n_blocks p / P <= b < n_blocks (p + 1) / P,  ascending,
  * in the fp32 accumulators of the mma; the P sums are added as
  *   ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)),  then the bias.
+ * For fp8 the whole sum, of products with q alone, is multiplied by the scale of row n before the
+ * bias is added.
  * P depends on n_in alone, and a column of an mma on nothing but itself: whatever M, N, the number
  * of rows or the place of a row, its bits are the same.  M and N are free to suit the moment.
  *
@@ -24,11 +26,11 @@
  *
  * Which M.  A block reads 16 M rows of W and all of x, the latter from L2, which gives about 1.6
  * times what memory does: x beside W is N / (2 M) for bf16, N / (0.6 M) for int4.  Widening takes
- * 62 instructions for the 512 weights of an int8 record and 68 for int4, each step 60 besides; 132
- * processors issue 4 a clock: at 1.75 GHz and 3.35 TB/s 150 for each int8 record and 88 for each
- * int4 record, so int4 wants 2 or 4 records a step where there are enough rows n.  busiest() weighs
- * all this for the shape at hand.  64 rows of int4 are 690 TFLOP/s at full bandwidth: there the
- * tensor cores are the bound.
+ * 62 instructions for the 512 weights of an int8 record, 68 for int4 and 44 for fp8, each step 60
+ * besides; 132 processors issue 4 a clock: at 1.75 GHz and 3.35 TB/s 150 for each int8 record and
+ * 88 for each int4 record, so int4 wants 2 or 4 records a step where there are enough rows n.
+ * busiest() weighs all this for the shape at hand.  64 rows of int4 are 690 TFLOP/s at full
+ * bandwidth: there the tensor cores are the bound.
  *
  * fp32 weights: exact mode.  A warp sums 4 rows n for 8 rows of x; lane l adds k = l, l + 32, ...,
  * ascending, by fused multiply-add; then the lanes are added in warp_sum's order. */
@@ -46,7 +48,7 @@ struct product {
     uint32_t magic; /* FLOAT_2_23 */
 };
 
-/* ---- the three formats: a record of 16 rows and 32 k in shared memory, how far apart they lie in
+/* ---- the four formats: a record of 16 rows and 32 k in shared memory, how far apart they lie in
  * W, and how many instructions make its bf16 words of them ---- */
 struct bf16_format { /* lane (g, t): row g, then row g + 8, 16 bytes each */
     enum { RECORD = 1024, APART = 64, WIDEN = 8 };
@@ -57,6 +59,18 @@ struct int8_format {
 struct int4_format {
     enum { RECORD = INT4_RECORD, APART = INT4_RECORD, WIDEN = 68 };
 };
+
+struct fp8_format { /* 16 rows, 32 bytes each */
+    enum { RECORD = 512, APART = 32, WIDEN = 44 };
+};
+
+/* What a sum of row n of W is multiplied by. */
+template <class Format> DEVICE float scaled(Format, const gpu_matrix &, int, float sum) {
+    return sum;
+}
+DEVICE float scaled(fp8_format, const gpu_matrix &w, int n, float sum) {
+    return sum * w.scales[n];
+}
 
 /* Where 16-byte piece `piece` of a tile's first record comes from. */
 DEVICE const unsigned char *piece_of(bf16_format, const gpu_matrix &w, int tile, int piece) {
@@ -70,11 +84,19 @@ DEVICE const unsigned char *piece_of(int4_format, const gpu_matrix &w, int tile,
     return w.data + (size_t)tile * (size_t)w.n_blocks * INT4_RECORD + 16 * piece;
 }
 
-/* Whether a lane's piece of bf16 block b lies in its row. */
-DEVICE bool in_row(bf16_format, int k, int n_in) {
-    return k < n_in;
+DEVICE const unsigned char *piece_of(fp8_format, const gpu_matrix &w, int tile, int piece) {
+    const int n = tile * TILE + piece / 2;
+    return w.data + (size_t)n * (size_t)w.stride + (size_t)(piece % 2 * 16);
 }
-template <class Format> DEVICE bool in_row(Format, int, int) {
+
+/* Whether a lane's pieces of block b lie in their rows. */
+DEVICE bool in_row(bf16_format, int b, int lane, int n_in) {
+    return b * K_BLOCK + lane % 4 * 8 < n_in;
+}
+DEVICE bool in_row(fp8_format, int b, int lane, int n_in) {
+    return b * K_BLOCK + lane % 2 * 16 < n_in;
+}
+template <class Format> DEVICE bool in_row(Format, int, int, int) {
     return true;
 }
 
@@ -93,6 +115,10 @@ DEVICE void read_record(int8_format, uint32_t (&out)[2][4], const unsigned char 
 DEVICE void read_record(int4_format, uint32_t (&out)[2][4], const unsigned char *at, int lane,
                         uint32_t magic) {
     read_int4(out, at, lane, magic);
+}
+DEVICE void read_record(fp8_format, uint32_t (&out)[2][4], const unsigned char *at, int lane,
+                        uint32_t) {
+    read_fp8(out, at, lane);
 }
 
 /* ---- the kernel ---- */
@@ -133,7 +159,7 @@ DEVICE void stage(unsigned char *to, const copies<Format, M, N> &c, int b, int n
 #pragma unroll
     for (int i = 0; i < c.N_W; i++) {
         if (M * c.PIECES - i * WARP < WARP && lane >= M * c.PIECES - i * WARP) continue;
-        if (whole || in_row(Format(), k, n_in))
+        if (whole || in_row(Format(), b, lane, n_in))
             cp_async16(at + i * WARP, c.w[i] + b * Format::APART);
         else
             at[i * WARP] = uint4{0, 0, 0, 0};
@@ -248,9 +274,10 @@ static __global__ void __launch_bounds__(8 * WARP) generated(const product p) {
         const int l = e % WARP, c = e / WARP % 4, j = e / 128 % N, i = e / (128 * N);
         const int row = first_row + 8 * j + 2 * (l % 4) + c % 2;
         const int n = (first_tile + i) * TILE + l / 4 + c / 2 * 8;
-        float all = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
-        if (row < p.n_rows && n < p.w.n_out)
-            p.y[(size_t)row * p.y_stride + n] = p.bias ? all + p.bias[n] : all;
+        if (row >= p.n_rows || n >= p.w.n_out) continue;
+        const float all = scaled(Format(), p.w, n,
+                                 ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])));
+        p.y[(size_t)row * p.y_stride + n] = p.bias ? all + p.bias[n] : all;
     }
 }
 
@@ -379,6 +406,9 @@ void gpu_matrix_product(struct gpu *g, float *y, size_t y_stride, const void *x,
         break;
     case WEIGHT_INT4:
         launch_format<int4_format>(g, p, tiles);
+        break;
+    case WEIGHT_FP8:
+        launch_format<fp8_format>(g, p, tiles);
         break;
     }
 }

@@ -18,6 +18,8 @@ struct matrix {
     unsigned char *data; /* owned: [n_panels][panel_bytes], layout in kernels.h */
 };
 
+enum { FP8_UNIT = 16 }; /* cuBLASLt wants whole 16 bytes */
+
 static_assert((int)MATRIX_BLOCK == (int)BLOCK, "matrix_get_block() tells whole blocks");
 
 static size_t round_up(size_t n, size_t to) {
@@ -34,6 +36,8 @@ const char *weight_type_name(enum weight_type type) {
         return "int8";
     case WEIGHT_INT4:
         return "int4";
+    case WEIGHT_FP8:
+        return "fp8";
     }
     return "unknown";
 }
@@ -42,6 +46,7 @@ const char *weight_type_name(enum weight_type type) {
 
 enum err matrix_new(struct matrix **out, enum weight_type type, int n_out, int n_in) {
     if (n_out < 1 || n_in < 1 || n_out > INT_MAX - PANEL || n_in > INT_MAX - BLOCK) return ERR_ARG;
+    if (type == WEIGHT_FP8 && (n_out % FP8_UNIT || n_in % FP8_UNIT)) return ERR_ARG;
     struct matrix *w = calloc(1, sizeof *w);
     if (!w) return ERR_NOMEM;
     w->type = type;
@@ -61,6 +66,9 @@ enum err matrix_new(struct matrix **out, enum weight_type type, int n_out, int n
         break;
     case WEIGHT_INT4:
         w->panel_bytes = (size_t)w->n_blocks * INT4_BLOCK_BYTES;
+        break;
+    case WEIGHT_FP8: /* rows one behind the other, then their scales */
+        w->panel_bytes = PANEL * ((size_t)n_in + sizeof(float));
         break;
     }
     w->bytes = w->panel_bytes * (size_t)w->n_panels;
@@ -163,6 +171,19 @@ static size_t bf16_at(int k, int column) {
     return (size_t)(k / 2) * PANEL * 2 + (size_t)column * 2 + (size_t)(k % 2);
 }
 
+/* A row with an infinity or NaN gets s = NaN. */
+static float fp8_quantise(uint8_t *q, const float *w, int n) {
+    float absmax = 0;
+    for (int k = 0; k < n; k++) {
+        if (!isfinite(w[k])) absmax = NAN;
+        if (fabsf(w[k]) > absmax) absmax = fabsf(w[k]);
+    }
+    float s = absmax / 448;
+    for (int k = 0; k < n; k++)
+        q[k] = s > 0 ? e4m3_round(w[k] / s) : 0;
+    return s;
+}
+
 static void set_row(struct matrix *m, int n, const float *w) {
     unsigned char *panel = m->data + (size_t)(n / PANEL) * m->panel_bytes;
     int column = n % PANEL;
@@ -196,6 +217,10 @@ static void set_row(struct matrix *m, int n, const float *w) {
             ((uint16_t *)(panel + INT4_BLOCK_SCALES))[column] = g.s;
             ((uint16_t *)(panel + INT4_BLOCK_SCALES))[PANEL + column] = g.m;
         }
+        break;
+    case WEIGHT_FP8:
+        ((float *)(panel + PANEL * (size_t)m->n_in))[column] =
+            fp8_quantise(panel + (size_t)column * (size_t)m->n_in, w, m->n_in);
         break;
     }
 }
@@ -235,6 +260,20 @@ void matrix_get_block(const struct matrix *m, int n, int b, struct matrix_block 
     }
 }
 
+const uint8_t *matrix_get_fp8(const struct matrix *m, int n, float *s) {
+    assert(m->type == WEIGHT_FP8 && n >= 0 && n < m->n_out);
+    const unsigned char *panel = m->data + (size_t)(n / PANEL) * m->panel_bytes;
+    *s = ((const float *)(panel + PANEL * (size_t)m->n_in))[n % PANEL];
+    return panel + (size_t)(n % PANEL) * (size_t)m->n_in;
+}
+
+static void get_fp8(const struct matrix *m, int n, float *out) {
+    float s;
+    const uint8_t *q = matrix_get_fp8(m, n, &s);
+    for (int k = 0; k < m->n_in; k++)
+        out[k] = s * e4m3_float(q[k]);
+}
+
 static void get_blocks(const struct matrix *m, int n, float *out) {
     for (int b = 0; b < m->n_blocks; b++) {
         struct matrix_block block;
@@ -263,6 +302,9 @@ void matrix_get_row(const struct matrix *m, int n, float *out) {
     case WEIGHT_INT4:
         get_blocks(m, n, out);
         break;
+    case WEIGHT_FP8:
+        get_fp8(m, n, out);
+        break;
     }
 }
 
@@ -286,7 +328,8 @@ enum err matmul_scratch_new(struct matmul_scratch **out, int max_rows, int max_n
     s->max_n_in = max_n_in;
     s->bytes = q + 3 * each;
     const bool splits = compute_kernels()->split_row != NULL;
-    size_t parts = (blocks + (SPLIT_GROUP - 1) * row_blocks) * BLOCK * SPLIT_PARTS * sizeof(uint16_t);
+    size_t parts =
+        (blocks + (SPLIT_GROUP - 1) * row_blocks) * BLOCK * SPLIT_PARTS * sizeof(uint16_t);
     if (splits && s->bytes < parts) s->bytes = parts;
     unsigned char *p = memory_map(s->bytes);
     if (!p) {
@@ -352,6 +395,7 @@ void matmul(struct team *team, struct matmul_scratch *scratch, float *y, size_t 
             const float *bias) {
     if (n_rows == 0) return;
     assert(n_rows > 0 && n_rows <= scratch->max_rows && w->n_in <= scratch->max_n_in);
+    assert(w->type != WEIGHT_FP8);
     struct job job = {
         .kernels = compute_kernels(),
         .type = w->type,

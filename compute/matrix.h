@@ -9,6 +9,8 @@
  *   int8   W = s q, q in [-127, 127], s fp16 = absmax / 127; x is quantised the same way per row and block
  *          (scale fp32), block sums are exact integers, blocks are added in fp32 in ascending k
  *   int4   W = s q + m, q in [0, 15], s and m fp16 (GGUF's Q4_1; Q4_0 is the case m = -8 s); x as for int8
+ *   fp8    W = s q, q in E4M3 (ops.h), s fp32 = absmax / 448 of the whole row; n_out and n_in multiples of 16.  For a GPU
+ *          (gpu_matrix.h): it is packed here, and matmul() does not take it
  *
  * Promise: y[m][:] depends on x[m][:] and W alone - not on n_rows, the other rows, the team's size or
  * m.  K is summed in one order; threads split N.  int8 and int4 give the same bits on every instruction family. */
@@ -20,13 +22,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum weight_type { WEIGHT_FP32, WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4 };
+enum weight_type { WEIGHT_FP32, WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4, WEIGHT_FP8 };
 
-const char *weight_type_name(enum weight_type type); /* "fp32", "bf16", "int8", "int4" */
+const char *weight_type_name(enum weight_type type); /* "fp32", "bf16", "int8", "int4", "fp8" */
 
 struct matrix;
 
-/* A zeroed matrix in huge pages; matrix_free() releases it. ERR_ARG: n_out or n_in < 1. */
+/* A zeroed matrix in huge pages; matrix_free() releases it. ERR_ARG: n_out or n_in < 1, or fp8 and
+ * not a multiple of 16. */
 enum err matrix_new(struct matrix **out, enum weight_type type, int n_out, int n_in);
 void matrix_free(struct matrix *matrix); /* NULL is fine */
 
@@ -46,6 +49,9 @@ struct matrix_block {
     uint16_t s, m; /* bits of fp16 */
 };
 void matrix_get_block(const struct matrix *matrix, int n, int b, struct matrix_block *out);
+
+/* Row n of an fp8 matrix: q [n_in], borrowed from it, and s. */
+const uint8_t *matrix_get_fp8(const struct matrix *matrix, int n, float *s);
 
 int matrix_n_out(const struct matrix *matrix);
 int matrix_n_in(const struct matrix *matrix);

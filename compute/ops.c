@@ -79,3 +79,35 @@ uint16_t fp16_round(float x) {
     v.u += 0xfff + (v.u >> 13 & 1); /* half a step, less one where even is below */
     return sign | (uint16_t)((v.u - 0x38000000) >> 13);
 }
+
+static uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+static float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Adding 2^14, whose last bit is worth 2^-9, rounds what lies below 2^-6 to E4M3's multiples of
+ * 2^-9. */
+uint8_t e4m3_round(float x) {
+    uint32_t size = bits_of(x) & 0x7fffffffu, sign = bits_of(x) >> 24 & 0x80u, code;
+    if (size > 0x7f800000u)
+        code = 0x7f;
+    else if (size >= bits_of(448))
+        code = 0x7e;
+    else if (size < bits_of(0x1p-6f))
+        code = bits_of(float_of(size) + 0x1p14f) - bits_of(0x1p14f);
+    else /* to 3 bits of mantissa; the exponent's bias is 7, not 127 */
+        code = ((size + 0x7ffffu + (size >> 20 & 1)) >> 20) - (120 << 3);
+    return (uint8_t)(code | sign);
+}
+
+float e4m3_float(uint8_t e) {
+    uint32_t size = e & 0x7fu, sign = (uint32_t)(e & 0x80u) << 24;
+    if (size == 0x7f) return NAN;
+    return float_of(sign | bits_of(float_of(size << 20) * 0x1p120f));
+}

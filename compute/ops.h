@@ -26,6 +26,11 @@ static inline float bf16_float(uint16_t h) {
     union { uint32_t u; float f; } v = {.u = (uint32_t)h << 16};
     return v.f;
 }
+/* E4M3 ("fp8"; Micikevicius et al. 2022, arXiv:2209.05433): sign, 4 bits of exponent with bias 7, 3 of mantissa; 2^-9 .. 448,
+ * no infinity, 0x7f and 0xff are NaN.  To the nearest, ties to even; beyond 448: 448. */
+uint8_t e4m3_round(float x);
+float e4m3_float(uint8_t e);
+
 float fp16_float(uint16_t h);
 uint16_t fp16_round(float x); /* nearest even, overflow to infinity */
 

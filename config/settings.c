@@ -62,7 +62,7 @@ static const struct row rows[] = {
 
     {"base", TEXT, AT(base), ALL, NULL, 0, 0, 0, "FILE", "base model of an adapter, instead of the one found by its digest"},
     {"device", CHOICE, AT(device), ALL, "auto", 0, 0, 0, "auto|cpu|cuda", "where the model runs; auto: the GPU where there is one, else the CPU"},
-    {"weights", CHOICE, AT(weights), ALL, "auto", 0, 0, 0, "auto|fp32|bf16|int8|int4", "precision of the weights; auto: near to the file's own"},
+    {"weights", CHOICE, AT(weights), ALL, "auto", 0, 0, 0, "auto|fp32|bf16|int8|int4|fp8", "precision of the weights; auto: near to the file's own; fp8: on a GPU only"},
     {"kv-type", CHOICE, AT(kv_type), ALL, "bf16", 0, 0, 0, "bf16|fp32", "precision of exact keys and values"},
     {"chat-template", CHOICE, AT(chat_template), ALL, NULL, 0, 0, 0, "chatml|llama2|llama3|mistral|phi3|gemma|zephyr|none", "chat format, instead of the one recognised in the model's own template"},
     {"threads", INT, AT(threads), ALL, "0", 0, 1024, 0, "N", "threads for the model; 0: as many as there are CPUs"},
@@ -102,7 +102,7 @@ static const struct row rows[] = {
 
     {"text", TEXT, AT(text), EVAL | CONVERT, NULL, 0, 0, 0, "FILE[,FILE...]", "texts to measure on or to learn from; convert takes folders too, and .jsonl files with text or messages"},
     {"against", TEXT, AT(against), EVAL, NULL, 0, 0, 0, "MODEL", "model to compare with; 'base': the base of an adapter"},
-    {"against-weights", CHOICE, AT(against_weights), EVAL, "auto", 0, 0, 0, "auto|fp32|bf16|int8|int4", "precision of that model's weights"},
+    {"against-weights", CHOICE, AT(against_weights), EVAL, "auto", 0, 0, 0, "auto|fp32|bf16|int8|int4|fp8", "precision of that model's weights"},
     {"against-kv-type", CHOICE, AT(against_kv_type), EVAL, NULL, 0, 0, 0, "bf16|fp32", "precision of that model's exact keys and values, instead of --kv-type"},
     {"tests", TEXT, AT(tests), EVAL, "all", 0, 0, 0, "NAME[,NAME...]", "what to measure: perplexity, stream, passkey, or all"},
     {"ablate", TEXT, AT(ablate), EVAL, "linear,cache", 0, 0, 0, "PART[,PART]", "parts switched off in turn, measured beside the whole: linear (exact keys only), cache, or none"},

@@ -23,7 +23,7 @@ struct settings {
     const char *model;          /* positional; NULL: the default model */
     const char *base;
     const char *device;         /* auto, cpu, cuda */
-    const char *weights;        /* auto, fp32, bf16, int8, int4 */
+    const char *weights;        /* auto, fp32, bf16, int8, int4, fp8 */
     const char *kv_type;        /* bf16, fp32 */
     const char *chat_template;  /* family name or NULL */
     const char *isa;            /* auto, generic, avx2, avx512, amx, dotprod */

@@ -48,7 +48,7 @@ struct gpu_model {
     int32_t *tokens, *positions, *logit_rows;
     float *x, *delta, *qkv, *ffn, *logits; /* logits [max_bucket + max_logits][vocab] */
     void *normed, *y, *activated;          /* bf16 or fp32 */
-    void *scratch;                         /* widened weights */
+    void *scratch;                         /* widened weights, quantised rows */
     size_t activated_row;                  /* elements from row to row: whole 16 bytes */
 
     /* of a step, page-locked */
@@ -97,6 +97,9 @@ const char *gpu_model_device_name(const struct gpu *g) {
 }
 size_t gpu_model_device_free_bytes(struct gpu *g) {
     return gpu_free_bytes(g);
+}
+bool gpu_model_device_has_fp8(const struct gpu *g) {
+    return gpu_has_fp8(gpu_info(g));
 }
 void gpu_model_device_close(struct gpu *g) {
     gpu_close(g);
@@ -171,12 +174,14 @@ static void copy_weights(struct opening *o) {
 }
 
 static size_t largest_scratch(const struct gpu_model *m) {
-    size_t most = gpu_matmul_scratch_bytes(m->head);
+    size_t most = gpu_matmul_scratch_bytes(m->head, m->max_rows);
     for (int i = 0; i < m->base->n_layers; i++) {
         const struct gpu_layer_weights *l = &m->layers[i];
         const struct gpu_matrix *all[] = {l->qkv, l->o, l->gate_up, l->down};
-        for (int k = 0; k < 4; k++)
-            if (gpu_matmul_scratch_bytes(all[k]) > most) most = gpu_matmul_scratch_bytes(all[k]);
+        for (int k = 0; k < 4; k++) {
+            size_t bytes = gpu_matmul_scratch_bytes(all[k], m->max_rows);
+            if (bytes > most) most = bytes;
+        }
     }
     return most;
 }

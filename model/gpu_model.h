@@ -26,6 +26,7 @@ struct gpu_model_options {
 enum err gpu_model_device(struct gpu **out, char *msg, size_t msg_len);
 const char *gpu_model_device_name(const struct gpu *g);
 size_t gpu_model_device_free_bytes(struct gpu *g);
+bool gpu_model_device_has_fp8(const struct gpu *g); /* multiplies WEIGHT_FP8 */
 void gpu_model_device_close(struct gpu *g); /* NULL is fine */
 
 enum err gpu_model_new(struct gpu_model **out, const struct gpu_model_options *options, char *msg, size_t msg_len);

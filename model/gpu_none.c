@@ -34,6 +34,11 @@ size_t gpu_model_device_free_bytes(struct gpu *g) {
     assert(0);
     return 0;
 }
+bool gpu_model_device_has_fp8(const struct gpu *g) {
+    (void)g;
+    assert(0);
+    return false;
+}
 int gpu_model_n_slots(const struct gpu_model *m) {
     (void)m;
     assert(0);

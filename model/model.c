@@ -210,8 +210,11 @@ static enum err count_slots(struct opening *o, size_t available) {
 
 /* Bytes that the weights will take, near enough to size a softmax cache before they are there. */
 static size_t weight_bytes_ahead(const struct opening *o) {
-    static const double bytes_each[] = {
-        [WEIGHT_FP32] = 4, [WEIGHT_BF16] = 2, [WEIGHT_INT8] = 1.1, [WEIGHT_INT4] = 0.7};
+    static const double bytes_each[] = {[WEIGHT_FP32] = 4,
+                                        [WEIGHT_BF16] = 2,
+                                        [WEIGHT_INT8] = 1.1,
+                                        [WEIGHT_INT4] = 0.7,
+                                        [WEIGHT_FP8] = 1.1};
     return (size_t)((double)base_n_params(o->base) * bytes_each[o->m->info.weights]);
 }
 
@@ -378,7 +381,7 @@ static enum err check_options(const struct model_options *o, char *msg, size_t m
         {"max_logits", o->max_logits, 1, 65536},
         {"n_slots", o->n_slots, 0, 65536},
         {"max_seq_len", o->max_seq_len, 0, (int64_t)1 << 53},
-        {"weights", o->weights, WEIGHTS_AUTO, WEIGHT_INT4},
+        {"weights", o->weights, WEIGHTS_AUTO, WEIGHT_FP8},
     };
     for (size_t i = 0; i < sizeof bounds / sizeof bounds[0]; i++)
         if (bounds[i].value < bounds[i].least || bounds[i].value > bounds[i].most)
@@ -392,12 +395,22 @@ static enum err check_options(const struct model_options *o, char *msg, size_t m
  * the weights. */
 static enum err choose_device(struct opening *o) {
     enum device device = o->options->device;
+    bool fp8 = o->options->weights == WEIGHT_FP8;
     o->m->info.device = "cpu";
-    if (device == DEVICE_CPU) return OK;
-    enum err e = gpu_model_device(&o->gpu, o->msg, o->msg_len);
-    if (e == ERR_NO_CUDA && device == DEVICE_AUTO) return OK;
-    if (!e) o->m->info.device = gpu_model_device_name(o->gpu);
-    return e;
+    enum err e = device == DEVICE_CPU ? ERR_NO_CUDA : gpu_model_device(&o->gpu, o->msg, o->msg_len);
+    if (e == ERR_NO_CUDA && device != DEVICE_CUDA)
+        return fp8 ? err_set(o->msg, o->msg_len, ERR_ARG,
+                             "fp8 weights are for a GPU (--device cuda); int8 takes as much memory "
+                             "on the CPU")
+                   : OK;
+    if (e) return e;
+    o->m->info.device = gpu_model_device_name(o->gpu);
+    if (fp8 && !gpu_model_device_has_fp8(o->gpu))
+        return err_set(o->msg, o->msg_len, ERR_ARG,
+                       "%s does not multiply fp8 weights: that needs compute capability 8.9 (Ada, "
+                       "Hopper) or later; int8 takes as much memory",
+                       o->m->info.device);
+    return OK;
 }
 
 static enum err open_model(struct opening *o) {

@@ -4,7 +4,7 @@
 #include <string.h>
 
 int weights_named(const char *name) {
-    for (int type = WEIGHT_FP32; type <= WEIGHT_INT4; type++)
+    for (int type = WEIGHT_FP32; type <= WEIGHT_FP8; type++)
         if (strcmp(name, weight_type_name((enum weight_type)type)) == 0) return type;
     return WEIGHTS_AUTO;
 }

@@ -157,6 +157,7 @@ static enum err add_matrix(struct loader *l, struct matrix **out, enum weight_ty
             n_out += sources[s]->n_out;
         }
     int n_in = job->sources[0]->n_in;
+    if (type == WEIGHT_FP8 && (n_out % 16 || n_in % 16)) type = WEIGHT_INT8;
     if (matrix_new(out, type, n_out, n_in)) return no_memory(l);
     job->matrix = *out;
     l->w->bytes += matrix_bytes(*out);
@@ -208,14 +209,17 @@ static enum err add_vector(struct loader *l, float **out, int layer, const enum 
  * embedding and head in int8; 0.005, as int8 throughout, with those matrices in int8 too that have
  * a low-rank part merged and so are no longer what the file's four bits said.  (Low-rank parts kept
  * apart would take four more matmuls a layer for the same.) */
-static enum weight_type fine_type(enum weight_type type) {
+static enum weight_type merged_type(enum weight_type type) {
     return type == WEIGHT_INT4 ? WEIGHT_INT8 : type;
+}
+static enum weight_type embedding_type(enum weight_type type) {
+    return type == WEIGHT_INT4 || type == WEIGHT_FP8 ? WEIGHT_INT8 : type;
 }
 
 static enum err add_layer(struct loader *l, int i) {
     const struct base_config *c = base_config(l->base);
     struct layer_weights *w = &l->w->layers[i];
-    enum weight_type type = l->w->type, finer = fine_type(type);
+    enum weight_type type = l->w->type, finer = merged_type(type);
     int q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim, hidden = c->hidden_dim,
         ffn = c->ffn_dim;
     bool fused = base_tensor(l->base, PART_QKV, i) != NULL;
@@ -270,7 +274,7 @@ static enum err add_all(struct loader *l) {
                              *position = base_tensor(l->base, PART_POSITION, 0);
     const struct base_tensor *head =
         base_config(l->base)->tied ? NULL : base_tensor(l->base, PART_HEAD, 0);
-    enum weight_type type = fine_type(w->type);
+    enum weight_type type = embedding_type(w->type);
     enum err e = add_matrix(l, &w->embed, type, embed, NULL, NULL);
     if (!e && head)
         e = add_matrix(l, &w->head, type, head, NULL, NULL);

@@ -3,7 +3,7 @@
  * q, k, v are rows of one matrix, gate and up of another, so that a layer is four matmuls. Low-rank
  * parts W + scale B A are merged in fp32 before packing.  A tied head is packed once and serves as
  * the embedding too.  With int4, embedding, head and matrices with a merged low-rank part are int8:
- * see weights.c. */
+ * see weights.c.  With fp8 embedding and head are, and matrices whose sizes are no multiples of 16. */
 #ifndef URCHIN_MODEL_WEIGHTS_H
 #define URCHIN_MODEL_WEIGHTS_H
 

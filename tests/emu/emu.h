@@ -9,6 +9,7 @@
  *
  *   URCHIN_EMULATED_BYTES=N     of device memory, in place of 4 GiB
  *   URCHIN_EMULATED_PROCESSORS=N in place of 4
+ *   URCHIN_EMULATED_CAPABILITY=N in place of 90
  *   URCHIN_EMU_SKIP=FILE:LINE   leaves out that barrier (or wait for copies): a test must fail
  *   URCHIN_EMU_SITES=FILE       appends every such place that was met, and how often */
 #ifndef URCHIN_TESTS_EMU_H

@@ -47,7 +47,8 @@ enum err gpu_open(struct gpu **out, char *msg, size_t msg_len) {
     emu::read_environment();
     struct gpu *g = new gpu();
     strcpy(g->info.name, "emulated device");
-    g->info.capability = 90;
+    const char *capability = getenv("URCHIN_EMULATED_CAPABILITY");
+    g->info.capability = capability ? atoi(capability) : 90;
     g->info.n_processors = 4;
     const char *processors = getenv("URCHIN_EMULATED_PROCESSORS");
     if (processors) g->info.n_processors = atoi(processors);
@@ -212,4 +213,29 @@ void gpu_gemm(struct gpu *g, float *y, size_t y_stride, const void *x, size_t x_
             }
         }
     });
+}
+
+/* As the library: scales on 9.0 only. */
+bool gpu_gemm_fp8(struct gpu *g, float *y, size_t y_stride, const void *x, const float *x_scales,
+                  int n_rows, const void *w, const float *w_scales, int n_out, int n_in) {
+    const bool scaled = g->info.capability == 90;
+    if ((n_out % 16 || n_in % 16 || (uintptr_t)x % 16 || (uintptr_t)w % 16 ||
+         g->info.capability < 89) &&
+        g->error.empty())
+        g->error = "a GEMM of fp8 that the library does not take";
+    queue(g, [=] {
+        float value[256];
+        for (int e = 0; e < 256; e++)
+            value[e] = e4m3_to_float((uint8_t)e);
+        for (size_t m = 0; m < (size_t)n_rows; m++)
+            for (size_t n = 0; n < (size_t)n_out; n++) {
+                const uint8_t *of_x = (const uint8_t *)x + m * (size_t)n_in,
+                              *of_w = (const uint8_t *)w + n * (size_t)n_in;
+                float sum = 0;
+                for (int k = 0; k < n_in; k++)
+                    sum += value[of_x[k]] * value[of_w[k]];
+                y[m * y_stride + n] = scaled ? x_scales[m] * w_scales[n] * sum : sum;
+            }
+    });
+    return scaled;
 }

@@ -111,7 +111,7 @@ static float *product(const struct pair *p, const float *x, int n_rows, const fl
     void *x_device = to_device(x_host, x_bytes),
          *y_device = to_device(y_host, y_count * sizeof *y_host);
     if (bias) bias_device = to_device(bias, n_out * sizeof *bias);
-    assert_int_equal(gpu_alloc(gpu, &scratch, gpu_matmul_scratch_bytes(p->gpu) + 256), OK);
+    assert_int_equal(gpu_alloc(gpu, &scratch, gpu_matmul_scratch_bytes(p->gpu, n_rows) + 256), OK);
     if (tiles)
         gpu_matrix_product(gpu, y_device, y_stride, x_device, x_stride, n_rows, p->gpu, bias_device,
                            tiles);

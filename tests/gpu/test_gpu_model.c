@@ -5,6 +5,7 @@
  * mask or position exceeds a thousandfold. Rounded weights (bf16, int8, int4) differ by the
  * rounding of activations, and are held to a mean KL of 0.003 nats. */
 #include "tests/unit/model_testing.h"
+#include "tests/unit/tiny_model.h"
 
 #include "attention/gpu_attention.h"
 #include "model/options.h"
@@ -144,12 +145,69 @@ static void rounded_weights_stay_close(void **state) {
     }
 }
 
+/* Mean KL of fp32 against these weights on the device: of 80 rows of a prompt, and of the rows
+ * generated behind it. */
+static void kl_of(const char *path, int weights, double kl[2]) {
+    struct model *exact = open_on(DEVICE_CPU, path, WEIGHT_FP32, 1),
+                 *rounded = open_on(DEVICE_CUDA, path, weights, 1);
+    int32_t ids[N];
+    read_text(exact, ids);
+    float *want = malloc(N * VOCAB * sizeof *want), *got = malloc(N * VOCAB * sizeof *got);
+    read_both(exact, 0, ids, 80, NULL, N, want);
+    read_both(rounded, 0, ids, 80, NULL, N, got);
+    kl[0] = mean_kl(want, got, 80, VOCAB);
+    kl[1] = mean_kl(want + 80 * VOCAB, got + 80 * VOCAB, N - 80, VOCAB);
+    print_message("%s, %s: mean KL %.5f nats, generated %.5f\n", path,
+                  weight_type_name((enum weight_type)weights), kl[0], kl[1]);
+    free(want), free(got);
+    model_close(exact), model_close(rounded);
+}
+
+/* E4M3's error has an rms of 2^-3 / sqrt(12) of a binade's lower end, 0.0255 of a value on average;
+ * int8's is the largest of 32 over 127 sqrt(12), 0.0055 of their deviation.  KL goes with the
+ * square: 22 times int8's, and as much again as a prompt's rows are rounded too. */
+static void check_fp8(const char *path) {
+    double int8[2], fp8[2];
+    kl_of(path, WEIGHT_INT8, int8);
+    kl_of(path, WEIGHT_FP8, fp8);
+    for (int i = 0; i < 2; i++)
+        assert_true(fp8[i] > int8[i] && fp8[i] <= 44 * int8[i]);
+}
+
+/* The tiny model's matrices are all fp8, the other's only qkv and o: 172 is no multiple of 16. */
+static void fp8_stays_near_fp32(void **state) {
+    (void)state;
+    char tiny[] = "/tmp/urchin-tiny-XXXXXX";
+    assert_non_null(mkdtemp(tiny));
+    tiny_write(tiny);
+    check_fp8(STORIES);
+    check_fp8(tiny);
+    tiny_remove(tiny);
+}
+
+static void fp8_needs_a_card_that_multiplies_it(void **state) {
+    (void)state;
+    struct model_options o = options_for(STORIES, WEIGHT_FP8, team);
+    struct model *m = NULL;
+    char msg[500] = "";
+    o.device = DEVICE_CUDA;
+    setenv("URCHIN_EMULATED_CAPABILITY", "86", 1);
+    enum err e = model_open(&m, &o, msg, sizeof msg);
+    unsetenv("URCHIN_EMULATED_CAPABILITY");
+    if (!e) { /* a real card */
+        model_close(m);
+        skip();
+    }
+    assert_int_equal(e, ERR_ARG);
+    assert_non_null(
+        strstr(msg, " does not multiply fp8 weights: that needs compute capability 8.9 "));
+}
+
 /* ---- the same bits, whatever else ---- */
 
 /* Other sequences beside it, other cuts, another slot: rows of the sequence keep their bits. */
-static void bits_do_not_depend_on_the_batch(void **state) {
-    (void)state;
-    struct model *m = open_on(DEVICE_CUDA, STORIES, WEIGHT_BF16, 4);
+static void check_bits(int weights) {
+    struct model *m = open_on(DEVICE_CUDA, STORIES, weights, 4);
     enum { PROMPT = 70, MORE = 12 };
     int32_t ids[N];
     read_text(m, ids);
@@ -185,6 +243,12 @@ static void bits_do_not_depend_on_the_batch(void **state) {
     }
     free(want);
     model_close(m);
+}
+
+static void bits_do_not_depend_on_the_batch(void **state) {
+    (void)state;
+    check_bits(WEIGHT_BF16);
+    check_bits(WEIGHT_FP8);
 }
 
 /* ---- slots ---- */
@@ -295,6 +359,8 @@ int main(void) {
         cmocka_unit_test(softmax_models_run_too),
         cmocka_unit_test(gpt2_runs_too),
         cmocka_unit_test(rounded_weights_stay_close),
+        cmocka_unit_test(fp8_stays_near_fp32),
+        cmocka_unit_test(fp8_needs_a_card_that_multiplies_it),
         cmocka_unit_test(bits_do_not_depend_on_the_batch),
         cmocka_unit_test(sequences_move_between_devices),
         cmocka_unit_test(a_copy_goes_its_own_way),

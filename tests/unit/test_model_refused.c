@@ -230,6 +230,15 @@ static void test_bad_urchin_json_is_refused_by_name(void **state) {
                   "tensor layers.1.attn.log_mix holds a value that is not finite");
 }
 
+static void test_fp8_is_for_a_gpu(void **state) {
+    (void)state;
+    struct model_options o = options_for(STORIES, WEIGHT_FP8, team);
+    o.device = DEVICE_CPU;
+    check_refused(o, ERR_ARG, "fp8 weights are for a GPU (--device cuda)");
+    o.device = DEVICE_AUTO; /* this program has none */
+    check_refused(o, ERR_ARG, "fp8 weights are for a GPU (--device cuda)");
+}
+
 static void test_missing_base_says_how_to_get_it(void **state) {
     (void)state;
     char *cache = getenv("URCHIN_CACHE") ? strdup(getenv("URCHIN_CACHE")) : NULL,
@@ -281,6 +290,7 @@ int main(void) {
         IN_FOLDER(test_every_truncated_file_is_refused_by_name),
         IN_FOLDER(test_bad_configurations_are_refused_by_name),
         IN_FOLDER(test_bad_urchin_json_is_refused_by_name),
+        cmocka_unit_test(test_fp8_is_for_a_gpu),
         IN_FOLDER(test_missing_base_says_how_to_get_it),
         IN_FOLDER(test_bad_settings_are_refused),
     };

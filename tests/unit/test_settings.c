@@ -120,9 +120,9 @@ static void test_a_bad_value_names_its_source(void **state) {
     struct settings s;
     assert_int_equal(load(&s, ARGS("serve", "--port", "99999")), ERR_ARG);
     assert_string_equal(message, "--port: '99999' is not a whole number from 0 to 65535");
-    setenv("URCHIN_WEIGHTS", "fp8", 1);
+    setenv("URCHIN_WEIGHTS", "int2", 1);
     assert_int_equal(load(&s, ARGS("info")), ERR_ARG);
-    assert_string_equal(message, "URCHIN_WEIGHTS: 'fp8' is not one of auto|fp32|bf16|int8|int4");
+    assert_string_equal(message, "URCHIN_WEIGHTS: 'int2' is not one of auto|fp32|bf16|int8|int4|fp8");
     unsetenv("URCHIN_WEIGHTS");
     char *path = config_file("\nmax-seqs = many\n"), expected[300];
     assert_int_equal(load(&s, ARGS("serve", "--config", path)), ERR_ARG);
