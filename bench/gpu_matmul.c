@@ -127,7 +127,7 @@ static int make_copies(struct gpu_matrix **copies, enum weight_type type, int n_
     free(rows);
     int n = 0;
     do
-        check(gpu_matrix_new(&copies[n++], gpu, m), "matrix of the device");
+        check(gpu_matrix_new(&copies[n++], gpu, m, NULL), "matrix of the device");
     while (n < MAX_COPIES && (size_t)n * gpu_matrix_bytes(copies[0]) < rotated);
     matrix_free(m);
     return n;

@@ -78,31 +78,48 @@ static size_t tile_bytes(const gpu_matrix *w) {
     return (size_t)w->n_blocks * INT4_RECORD;
 }
 
-/* Row r of a tile in its 16-bit or block format; `row` holds n_in floats. */
-static void pack_row(unsigned char *to, const gpu_matrix *w, const struct matrix *from, int n,
+struct source {
+    const struct matrix *matrix;
+    gpu_matrix_part part;
+};
+
+static int row_of(const source &from, int n) {
+    const gpu_matrix_range *range = from.part.rows;
+    while (n >= range->n)
+        n -= (range++)->n;
+    return range->first + n;
+}
+
+/* Row n, in its 16-bit or block format, of a tile at `to`; `row` has room for a row of the source.
+ */
+static void pack_row(unsigned char *to, const gpu_matrix *w, const source &from, int n,
                      float *row) {
-    const int r = n % TILE, half = r / 8, g = r % 8;
+    const int r = n % TILE, half = r / 8, g = r % 8, first_k = from.part.columns.first;
+    n = row_of(from, n);
     if (w->type == WEIGHT_FP32) {
-        matrix_get_row(from, n, (float *)to + (size_t)r * (size_t)w->stride);
+        matrix_get_row(from.matrix, n, row);
+        memcpy((float *)to + (size_t)r * (size_t)w->stride, row + first_k,
+               (size_t)w->n_in * sizeof *row);
         return;
     }
     if (w->type == WEIGHT_BF16) {
         uint16_t *out = (uint16_t *)to + (size_t)r * (size_t)w->stride;
-        matrix_get_row(from, n, row);
+        matrix_get_row(from.matrix, n, row);
         for (int k = 0; k < w->n_in; k++) { /* their lower half is zero */
             uint32_t bits;
-            memcpy(&bits, &row[k], 4);
+            memcpy(&bits, &row[first_k + k], 4);
             out[k] = (uint16_t)(bits >> 16);
         }
         return;
     }
     if (w->type == WEIGHT_FP8) {
-        memcpy(to + (size_t)r * (size_t)w->stride, matrix_get_fp8(from, n, row), (size_t)w->n_in);
+        memcpy(to + (size_t)r * (size_t)w->stride, matrix_get_fp8(from.matrix, n, row) + first_k,
+               (size_t)w->n_in);
         return;
     }
     for (int b = 0; b < w->n_blocks; b++) {
         struct matrix_block block;
-        matrix_get_block(from, n, b, &block);
+        matrix_get_block(from.matrix, n, first_k / K_BLOCK + b, &block);
         if (w->type == WEIGHT_INT8) {
             unsigned char *record = to + (size_t)b * INT8_RECORD;
             for (int t = 0; t < 4; t++) {
@@ -130,12 +147,12 @@ static void pack_row(unsigned char *to, const gpu_matrix *w, const struct matrix
 }
 
 /* Fills one half of the staging memory while the other is on its way. */
-static enum err upload(struct gpu *g, const gpu_matrix *w, const struct matrix *from) {
+static enum err upload(struct gpu *g, const gpu_matrix *w, const source &from) {
     const size_t tile = tile_bytes(w), aim = (size_t)4 << 20;
     const int per_piece = tile >= aim ? 1 : (int)(aim / tile);
     const int n_tiles = per_piece < w->n_tiles ? per_piece : w->n_tiles;
     void *staging;
-    float *row = (float *)malloc((size_t)w->n_in * sizeof *row);
+    float *row = (float *)malloc((size_t)matrix_n_in(from.matrix) * sizeof *row);
     if (!row || gpu_host_alloc(g, &staging, 2 * (size_t)n_tiles * tile) != OK) {
         free(row);
         return ERR_NOMEM;
@@ -157,7 +174,7 @@ static enum err upload(struct gpu *g, const gpu_matrix *w, const struct matrix *
     return err;
 }
 
-static enum err upload_scales(struct gpu *g, gpu_matrix *w, const struct matrix *from) {
+static enum err upload_scales(struct gpu *g, gpu_matrix *w, const source &from) {
     const size_t bytes = (size_t)w->n_out * sizeof(float);
     void *at = NULL;
     float *scales = (float *)malloc(bytes);
@@ -165,7 +182,7 @@ static enum err upload_scales(struct gpu *g, gpu_matrix *w, const struct matrix 
     w->scales = (float *)at;
     w->bytes += bytes;
     for (int n = 0; n < w->n_out && err == OK; n++)
-        matrix_get_fp8(from, n, &scales[n]);
+        matrix_get_fp8(from.matrix, row_of(from, n), &scales[n]);
     if (err == OK) {
         gpu_upload(g, at, scales, bytes);
         err = gpu_wait(g);
@@ -174,12 +191,34 @@ static enum err upload_scales(struct gpu *g, gpu_matrix *w, const struct matrix 
     return err;
 }
 
-enum err gpu_matrix_new(struct gpu_matrix **out, struct gpu *g, const struct matrix *from) {
+static bool within(const gpu_matrix_range &r, int n) {
+    return r.first >= 0 && r.n >= 0 && r.n <= n - r.first;
+}
+
+static bool is_part(const source &from, int n_out) {
+    const enum weight_type type = matrix_type(from.matrix);
+    const gpu_matrix_part &p = from.part;
+    const bool blocks = type == WEIGHT_INT8 || type == WEIGHT_INT4, fp8 = type == WEIGHT_FP8;
+    for (int i = 0; i < p.n_ranges; i++)
+        if (!within(p.rows[i], matrix_n_out(from.matrix))) return false;
+    return within(p.columns, matrix_n_in(from.matrix)) && n_out > 0 && p.columns.n > 0 &&
+           !(blocks && p.columns.first % K_BLOCK) &&
+           !(fp8 && (p.columns.first % 16 || p.columns.n % 16 || n_out % 16));
+}
+
+enum err gpu_matrix_new(struct gpu_matrix **out, struct gpu *g, const struct matrix *matrix,
+                        const struct gpu_matrix_part *part) {
+    source from = {matrix, {1, {{0, matrix_n_out(matrix)}}, {0, matrix_n_in(matrix)}}};
+    if (part) from.part = *part;
+    int n_out = 0;
+    for (int i = 0; i < from.part.n_ranges; i++)
+        n_out += from.part.rows[i].n;
+    if (!is_part(from, n_out)) return ERR_ARG;
     gpu_matrix *w = (gpu_matrix *)calloc(1, sizeof *w);
     if (!w) return ERR_NOMEM;
-    w->type = matrix_type(from);
-    w->n_out = matrix_n_out(from);
-    w->n_in = matrix_n_in(from);
+    w->type = matrix_type(matrix);
+    w->n_out = n_out;
+    w->n_in = from.part.columns.n;
     w->n_blocks = (w->n_in + K_BLOCK - 1) / K_BLOCK;
     w->n_tiles = (w->n_out + TILE - 1) / TILE;
     w->stride = w->type == WEIGHT_BF16 ? (w->n_in + 7) / 8 * 8 : w->n_in;

@@ -25,8 +25,18 @@ struct matrix; /* matrix.h */
 struct gpu_matrix;
 enum gpu_path { GPU_PROMPT, GPU_GENERATED };
 
-/* Queues the copy of `from`, which may be freed once this returns.  ERR_NOMEM. */
-enum err gpu_matrix_new(struct gpu_matrix **out, struct gpu *g, const struct matrix *from);
+/* Some of a matrix: rows of up to three ranges one behind the other, each cut to the same columns. */
+struct gpu_matrix_range {
+    int first, n;
+};
+struct gpu_matrix_part {
+    int n_ranges;
+    struct gpu_matrix_range rows[3], columns;
+};
+
+/* Queues the copy of `from`, or a part of it (NULL: all), which may be freed once this returns.  ERR_NOMEM.  ERR_ARG: a part that
+ * `from` does not have, or whose columns begin inside a block (int8, int4: 32) or, fp8, whose sizes are no multiples of 16. */
+enum err gpu_matrix_new(struct gpu_matrix **out, struct gpu *g, const struct matrix *from, const struct gpu_matrix_part *part);
 void gpu_matrix_free(struct gpu *g, struct gpu_matrix *w); /* NULL is fine */
 int gpu_matrix_n_out(const struct gpu_matrix *w);
 int gpu_matrix_n_in(const struct gpu_matrix *w);

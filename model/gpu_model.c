@@ -10,6 +10,7 @@
 #include "compute/gpu_matrix.h"
 #include "compute/gpu_ops.h"
 #include "compute/gpu_sampler.h"
+#include "model/ranks.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -29,6 +30,7 @@ struct bucket { /* generated rows, rounded up */
 
 struct gpu_model {
     struct gpu *gpu;                /* owned */
+    struct communicator ranks;      /* this card, of one */
     const struct base_config *base; /* borrowed */
     struct attention *twin;         /* borrowed */
     struct gpu_attention *attention;
@@ -113,24 +115,50 @@ struct opening {
     enum err err; /* the first; what follows does nothing */
 };
 
-static struct gpu_matrix *copy_matrix(struct opening *o, const struct matrix *from) {
+/* This rank's part. */
+static struct gpu_matrix *copy_matrix(struct opening *o, const struct matrix *from,
+                                      enum ranks_matrix which) {
     struct gpu_matrix *to = NULL;
+    struct gpu_matrix_part part;
     if (!from || o->err) return NULL;
-    o->err = gpu_matrix_new(&to, o->m->gpu, from);
+    o->err = ranks_part(&part, &o->m->ranks, o->m->base, which, matrix_n_out(from),
+                        matrix_n_in(from));
+    if (!o->err) o->err = gpu_matrix_new(&to, o->m->gpu, from, &part);
     if (!o->err) o->m->weight_bytes += gpu_matrix_bytes(to);
     return to;
 }
 
-static float *copy_vector(struct opening *o, const float *from, int n) {
+static float *copy_ranges(struct opening *o, const float *from, const struct gpu_matrix_range *ranges,
+                          int n_ranges) {
     struct gpu_model *m = o->m;
     void *at = NULL;
-    if (!from || o->err) return NULL;
-    o->err = gpu_alloc(m->gpu, &at, (size_t)n * sizeof *from);
+    size_t n = 0;
+    for (int i = 0; i < n_ranges; i++)
+        n += (size_t)ranges[i].n;
+    o->err = gpu_alloc(m->gpu, &at, n * sizeof *from);
     if (o->err) return NULL;
     m->vectors[m->n_vectors++] = at;
-    gpu_upload(m->gpu, at, from, (size_t)n * sizeof *from);
-    m->weight_bytes += (size_t)n * sizeof *from;
+    m->weight_bytes += n * sizeof *from;
+    float *to = at;
+    for (int i = 0; i < n_ranges; to += ranges[i++].n)
+        gpu_upload(m->gpu, to, from + ranges[i].first, (size_t)ranges[i].n * sizeof *from);
     return at;
+}
+
+static float *copy_vector(struct opening *o, const float *from, int n) {
+    if (!from || o->err) return NULL;
+    return copy_ranges(o, from, &(struct gpu_matrix_range){0, n}, 1);
+}
+
+/* Of this rank's rows; what is added behind a sum over ranks, by rank 0 alone. */
+static float *copy_bias(struct opening *o, const float *from, const struct matrix *matrix,
+                        enum ranks_matrix which) {
+    struct gpu_matrix_part part;
+    bool summed = which == RANKS_O || which == RANKS_DOWN;
+    if (!from || o->err || (summed && o->m->ranks.rank > 0)) return NULL;
+    o->err = ranks_part(&part, &o->m->ranks, o->m->base, which, matrix_n_out(matrix),
+                        matrix_n_in(matrix));
+    return o->err ? NULL : copy_ranges(o, from, part.rows, part.n_ranges);
 }
 
 static struct gpu_norm copy_norm(struct opening *o, const float *weight, const float *bias) {
@@ -144,30 +172,30 @@ static void copy_weights(struct opening *o) {
     struct gpu_model *m = o->m;
     const struct base_config *c = m->base;
     const struct weights *w = o->options->weights;
-    int qkv = (c->n_heads + 2 * c->n_kv_heads) * c->head_dim;
     m->layers = calloc((size_t)c->n_layers, sizeof *m->layers);
     m->vectors = calloc((size_t)c->n_layers * 8 + 2, sizeof *m->vectors);
     if (!m->layers || !m->vectors) {
         o->err = ERR_NOMEM;
         return;
     }
-    m->embed = copy_matrix(o, w->embed);
-    m->head = w->head == w->embed ? m->embed : copy_matrix(o, w->head);
-    m->position = copy_matrix(o, w->position);
+    m->embed = copy_matrix(o, w->embed, RANKS_WHOLE);
+    m->head = w->head == w->embed && m->ranks.n_ranks == 1 ? m->embed
+                                                           : copy_matrix(o, w->head, RANKS_HEAD);
+    m->position = copy_matrix(o, w->position, RANKS_WHOLE);
     m->norm = copy_norm(o, w->norm, w->norm_bias);
     for (int i = 0; i < c->n_layers; i++) {
         const struct layer_weights *from = &w->layers[i];
         m->layers[i] = (struct gpu_layer_weights){
-            .qkv = copy_matrix(o, from->qkv),
-            .o = copy_matrix(o, from->o),
-            .gate_up = copy_matrix(o, from->gate_up),
-            .down = copy_matrix(o, from->down),
+            .qkv = copy_matrix(o, from->qkv, RANKS_QKV),
+            .o = copy_matrix(o, from->o, RANKS_O),
+            .gate_up = copy_matrix(o, from->gate_up, RANKS_GATE_UP),
+            .down = copy_matrix(o, from->down, RANKS_DOWN),
             .attn_norm = copy_norm(o, from->attn_norm, from->attn_norm_bias),
             .ffn_norm = copy_norm(o, from->ffn_norm, from->ffn_norm_bias),
-            .qkv_bias = copy_vector(o, from->qkv_bias, qkv),
-            .o_bias = copy_vector(o, from->o_bias, c->hidden_dim),
-            .gate_up_bias = copy_vector(o, from->gate_up_bias, matrix_n_out(from->gate_up)),
-            .down_bias = copy_vector(o, from->down_bias, c->hidden_dim),
+            .qkv_bias = copy_bias(o, from->qkv_bias, from->qkv, RANKS_QKV),
+            .o_bias = copy_bias(o, from->o_bias, from->o, RANKS_O),
+            .gate_up_bias = copy_bias(o, from->gate_up_bias, from->gate_up, RANKS_GATE_UP),
+            .down_bias = copy_bias(o, from->down_bias, from->down, RANKS_DOWN),
         };
     }
     if (!o->err) o->err = gpu_wait(m->gpu); /* the vectors have been read */
@@ -259,6 +287,7 @@ static enum err open_on_device(struct opening *o, char *msg, size_t msg_len) {
                        "%s: a hidden size of %d with heads of %d in all cannot run on a GPU: both "
                        "must be multiples of 8",
                        options->name, c->hidden_dim, c->n_heads * c->head_dim);
+    m->ranks = (struct communicator){.rank = 0, .n_ranks = 1};
     m->bf16 = options->weights->type != WEIGHT_FP32;
     m->activation = c->architecture == BASE_LLAMA ? GPU_SILU_MUL
                     : c->gelu_erf                 ? GPU_GELU_ERF
@@ -415,6 +444,7 @@ static void finish_layer(struct gpu_model *m, int layer, int n, enum gpu_path pa
     size_t hidden = (size_t)c->hidden_dim;
     gpu_matmul(m->gpu, m->scratch, m->delta, hidden, m->y, (size_t)(c->n_heads * c->head_dim), n,
                l->o, l->o_bias, path);
+    ranks_sum(&m->ranks, m->gpu, m->delta, (size_t)n * hidden);
     gpu_add_norm(m->gpu, m->normed, m->bf16, m->x, m->delta, n, c->hidden_dim, &l->ffn_norm);
     gpu_matmul(m->gpu, m->scratch, m->ffn, (size_t)gpu_matrix_n_out(l->gate_up), m->normed, hidden,
                n, l->gate_up, l->gate_up_bias, path);
@@ -422,6 +452,7 @@ static void finish_layer(struct gpu_model *m, int layer, int n, enum gpu_path pa
                  m->activation);
     gpu_matmul(m->gpu, m->scratch, m->delta, hidden, m->activated, m->activated_row, n, l->down,
                l->down_bias, path);
+    ranks_sum(&m->ranks, m->gpu, m->delta, (size_t)n * hidden);
     gpu_add_norm(m->gpu, m->normed, m->bf16, m->x, m->delta, n, c->hidden_dim,
                  layer + 1 == c->n_layers ? &m->norm : &l[1].attn_norm);
 }
@@ -429,6 +460,7 @@ static void finish_layer(struct gpu_model *m, int layer, int n, enum gpu_path pa
 static void project_logits(struct gpu_model *m, float *logits, int n, enum gpu_path path) {
     gpu_matmul(m->gpu, m->scratch, logits, (size_t)m->base->vocab_size, m->normed,
                (size_t)m->base->hidden_dim, n, m->head, NULL, path);
+    ranks_gather(&m->ranks, m->gpu, logits, n, m->base->vocab_size);
 }
 
 /* Host to device, first of the step's upload areas for prompts, second for generated rows: both are read when the queue gets

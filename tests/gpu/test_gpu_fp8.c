@@ -146,7 +146,7 @@ static struct pair pair_of(int n_out, int n_in, const float *w) {
     struct pair p = {.n_out = n_out, .n_in = n_in};
     assert_int_equal(matrix_new(&p.cpu, WEIGHT_FP8, n_out, n_in), OK);
     matrix_set_rows(p.cpu, 0, n_out, w);
-    assert_int_equal(gpu_matrix_new(&p.gpu, gpu, p.cpu), OK);
+    assert_int_equal(gpu_matrix_new(&p.gpu, gpu, p.cpu, NULL), OK);
     assert_true(gpu_matrix_reads_bf16(p.gpu));
     assert_true(gpu_matrix_bytes(p.gpu) == (size_t)n_out * (size_t)(n_in + 4));
     return p;
@@ -361,6 +361,32 @@ static void test_nan_infinity_and_zeros_stay_in_their_row_and_column(void **stat
     }
 }
 
+static void test_a_part_has_its_rows_columns_and_scales(void **state) {
+    (void)state;
+    enum { OUT = 64, IN = 176 };
+    const struct gpu_matrix_part part = {2, {{3, 18}, {40, 14}}, {48, 80}},
+                                 bad[] = {{1, {{0, 16}}, {8, 32}},
+                                          {1, {{0, 16}}, {16, 24}},
+                                          {1, {{0, 15}}, {0, 32}}};
+    struct pair whole = random_pair(OUT, IN), p = {.n_out = 32, .n_in = 80};
+    assert_int_equal(gpu_matrix_new(&p.gpu, gpu, whole.cpu, &part), OK);
+    float x[80] = {0}, values[IN];
+    for (int k = 0; k < 80; k++) {
+        memset(x, 0, sizeof x);
+        x[k] = 1;
+        float *y = product(&p, x, 1, NULL, GPU_GENERATED);
+        for (int n = 0; n < 32; n++) {
+            matrix_get_row(whole.cpu, n < 18 ? 3 + n : 40 + n - 18, values);
+            assert_true(y[n] == values[48 + k]);
+        }
+        free(y);
+    }
+    gpu_matrix_free(gpu, p.gpu);
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(gpu_matrix_new(&p.gpu, gpu, whole.cpu, &bad[i]), ERR_ARG);
+    free_pair(&whole);
+}
+
 static void test_other_sizes_are_refused(void **state) {
     (void)state;
     struct matrix *w;
@@ -389,6 +415,7 @@ int main(void) {
         cmocka_unit_test(test_unit_rows_pick_each_weight),
         cmocka_unit_test(test_a_row_has_the_same_bits_in_any_batch),
         cmocka_unit_test(test_nan_infinity_and_zeros_stay_in_their_row_and_column),
+        cmocka_unit_test(test_a_part_has_its_rows_columns_and_scales),
         cmocka_unit_test(test_other_sizes_are_refused),
     };
     static const char *const capabilities[] = {"90", "89"};

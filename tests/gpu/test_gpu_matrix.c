@@ -63,7 +63,7 @@ static struct pair pair_of(enum weight_type type, int n_out, int n_in, const flo
     struct pair p = {.type = type, .n_out = n_out, .n_in = n_in};
     assert_int_equal(matrix_new(&p.cpu, type, n_out, n_in), OK);
     matrix_set_rows(p.cpu, 0, n_out, w);
-    assert_int_equal(gpu_matrix_new(&p.gpu, gpu, p.cpu), OK);
+    assert_int_equal(gpu_matrix_new(&p.gpu, gpu, p.cpu, NULL), OK);
     assert_int_equal(gpu_matrix_n_out(p.gpu), n_out);
     assert_int_equal(gpu_matrix_n_in(p.gpu), n_in);
     assert_int_equal(gpu_matrix_reads_bf16(p.gpu), type != WEIGHT_FP32);
@@ -295,6 +295,58 @@ static void test_rows_are_those_of_the_packed_matrix(void **state) {
         }
 }
 
+/* What ranks_part() asks for: ranges of rows, cut to columns that begin at a block. */
+static void test_a_part_has_its_rows_and_columns(void **state) {
+    (void)state;
+    enum { OUT = 67, IN = 172, FIRST_K = 64 };
+    for (int t = 0; t < 4; t++)
+        for (int to_the_end = 0; to_the_end < 2; to_the_end++) {
+            const struct gpu_matrix_part part = {
+                3, {{5, 18}, {24, 1}, {49, 18}}, {FIRST_K, to_the_end ? IN - FIRST_K : 37}};
+            int n_in = part.columns.n, n = 0;
+            struct pair whole = random_pair(types[t], OUT, IN);
+            struct gpu_matrix *w;
+            assert_int_equal(gpu_matrix_new(&w, gpu, whole.cpu, &part), OK);
+            assert_int_equal(gpu_matrix_n_out(w), 37);
+            assert_int_equal(gpu_matrix_n_in(w), n_in);
+            struct pair p = {.type = types[t], .n_out = 37, .n_in = n_in, .gpu = w};
+            float *x = calloc((size_t)n_in * (size_t)n_in, sizeof *x);
+            assert_non_null(x);
+            for (int k = 0; k < n_in; k++)
+                x[k * n_in + k] = 1;
+            for (int path = GPU_PROMPT; path <= GPU_GENERATED; path++) {
+                float *y = product(&p, x, n_in, NULL, (enum gpu_path)path);
+                n = 0;
+                for (int i = 0; i < 3; i++)
+                    for (int r = 0; r < part.rows[i].n; r++, n++)
+                        for (int k = 0; k < n_in; k++)
+                            assert_true(
+                                y[k * 37 + n] ==
+                                seen(types[t],
+                                     whole.values[(part.rows[i].first + r) * IN + FIRST_K + k]));
+                free(y);
+            }
+            assert_int_equal(n, 37);
+            free(x);
+            gpu_matrix_free(gpu, w);
+            free_pair(&whole);
+        }
+}
+
+static void test_parts_that_are_none_are_refused(void **state) {
+    (void)state;
+    static const struct gpu_matrix_part parts[] = {
+        {1, {{0, 20}}, {0, 64}},   {1, {{-1, 3}}, {0, 64}}, {2, {{0, 3}, {19, 1}}, {0, 64}},
+        {1, {{0, 0}}, {0, 64}},    {1, {{0, 19}}, {0, 65}}, {1, {{0, 19}}, {32, 0}},
+        {1, {{0, 19}}, {-32, 32}}, {1, {{0, 19}}, {16, 32}}};
+    struct pair p = random_pair(WEIGHT_INT8, 19, 64);
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        struct gpu_matrix *w;
+        assert_int_equal(gpu_matrix_new(&w, gpu, p.cpu, &parts[i]), ERR_ARG);
+    }
+    free_pair(&p);
+}
+
 /* ---- both orders in which the emulator runs threads ---- */
 
 static int lock_step(void **state) {
@@ -317,6 +369,8 @@ int main(void) {
         cmocka_unit_test(test_a_row_has_the_same_bits_in_any_batch),
         cmocka_unit_test(test_nan_and_infinity_stay_in_their_row_and_column),
         cmocka_unit_test(test_no_rows_write_nothing),
+        cmocka_unit_test(test_a_part_has_its_rows_and_columns),
+        cmocka_unit_test(test_parts_that_are_none_are_refused),
         cmocka_unit_test(test_rows_are_those_of_the_packed_matrix),
     };
     int failed = cmocka_run_group_tests_name("lock-step", tests, lock_step, NULL);
