@@ -248,7 +248,8 @@ static enum err place_all_but_slots(struct gpu_attention *a) {
     if (!e) e = allocate(a, &a->values, keys * gpu_chain_value_bytes(&a->shape));
     if (!e) e = allocate(a, &a->errors, snapshots * gpu_chain_error_bytes(&a->shape));
     if (!e) e = allocate(a, &a->lists, snapshots * gpu_chain_list_bytes(&a->shape));
-    if (!e && hedgehog) e = gpu_host_alloc(a->gpu, (void **)&a->host, l->slot_bytes);
+    if (!e)
+        e = gpu_host_alloc(a->gpu, (void **)&a->host, hedgehog ? l->slot_bytes : GPU_FERRY_BYTES);
     if (!e && hedgehog) e = allocate(a, &a->whole, l->keys);
     if (e) return e;
     a->snapshot.slots = a->snapshots;

@@ -27,6 +27,8 @@ struct gpu_group {
     bool chained, begins; /* some block begins: rows see snapshots; one of the first wave does */
 };
 
+enum { GPU_FERRY_BYTES = 4 << 20 };
+
 struct gpu_attention {
     struct gpu *gpu;         /* borrowed */
     struct attention *twin;  /* borrowed */
@@ -59,7 +61,8 @@ struct gpu_attention {
     struct gpu_group *groups; /* [max_segments], as waves */
     struct gpu_wave *waves;
 
-    /* saved states: a slot of the twin's (page-locked; Hedgehog only), and its states on the device */
+    /* saved states: page-locked, a slot of the twin's, or for softmax GPU_FERRY_BYTES that a longer one passes through; on the
+     * device (Hedgehog only) a slot's states */
     char *host, *whole;
     struct slot_header header;
 };

@@ -74,6 +74,59 @@ static void scrub_tile(const struct gpu_attention *a, char *end, int64_t positio
         memset(end - (size_t)d * row + used, 0, row - used);
 }
 
+/* Copies go through page-locked memory, a->host: the driver would carry others through its own, in
+ * smaller pieces and with this thread waiting. */
+enum { HALF = GPU_FERRY_BYTES / 2, PIECE = 256 << 10 };
+
+static size_t least(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+/* From the device to `out`, one piece behind the other: one half of a->host arrives while the other
+ * is copied on. */
+struct ferry {
+    struct gpu_attention *a;
+    char *out;
+    int half;             /* that is being filled */
+    size_t used, arrived; /* bytes of it, and of the other, which are not yet in out */
+};
+
+static enum err turn_round(struct ferry *f) {
+    memcpy(f->out, f->a->host + (size_t)!f->half * HALF, f->arrived);
+    f->out += f->arrived;
+    f->arrived = f->used;
+    f->used = 0;
+    f->half = !f->half;
+    return gpu_wait(f->a->gpu);
+}
+
+static enum err ferry_down(struct ferry *f, const char *from, size_t bytes) {
+    enum err e = OK;
+    for (size_t n; bytes && !e; from += n, bytes -= n) {
+        n = least(bytes, HALF - f->used);
+        gpu_download(f->a->gpu, f->a->host + (size_t)f->half * HALF + f->used, from, n);
+        f->used += n;
+        if (f->used == HALF) e = turn_round(f);
+    }
+    return e;
+}
+
+/* To the device: a piece is on its way while the next is copied into a->host. */
+static enum err ferry_up(struct gpu_attention *a, size_t *used, char *to, const char *from,
+                         size_t bytes) {
+    enum err e = OK;
+    for (size_t n; bytes && !e; from += n, to += n, bytes -= n) {
+        n = least(bytes, least(PIECE, GPU_FERRY_BYTES - *used));
+        memcpy(a->host + *used, from, n);
+        gpu_upload(a->gpu, to, a->host + *used, n);
+        *used += n;
+        if (*used < GPU_FERRY_BYTES) continue;
+        e = gpu_wait(a->gpu);
+        *used = 0;
+    }
+    return e;
+}
+
 static enum err save_softmax(struct gpu_attention *a, int slot, char *out) {
     int64_t position = a->positions[slot];
     const char *from = slot_at(a, slot);
@@ -81,14 +134,15 @@ static enum err save_softmax(struct gpu_attention *a, int slot, char *out) {
     header.position = position;
     memcpy(out, &header, sizeof header);
     char *at = out + sizeof header;
-    for (int head = 0; position && head < all_heads(a); head++) {
+    struct ferry f = {.a = a, .out = at};
+    enum err err = OK;
+    for (int head = 0; !err && position && head < all_heads(a); head++) {
         struct extent e = extent_of(a, head, position);
-        gpu_download(a->gpu, at, from + e.keys, e.keys_bytes);
-        gpu_download(a->gpu, at + e.keys_bytes, from + e.values, e.values_bytes);
-        at += e.keys_bytes + e.values_bytes;
+        err = ferry_down(&f, from + e.keys, e.keys_bytes);
+        if (!err) err = ferry_down(&f, from + e.values, e.values_bytes);
     }
-    enum err err = gpu_wait(a->gpu);
-    at = out + sizeof header;
+    for (int halves = 0; halves < 2 && !err; halves++)
+        err = turn_round(&f);
     for (int head = 0; !err && position && head < all_heads(a); head++) {
         struct extent e = extent_of(a, head, position);
         scrub_tile(a, at + e.keys_bytes, position);
@@ -99,10 +153,12 @@ static enum err save_softmax(struct gpu_attention *a, int slot, char *out) {
 
 static void upload_softmax(struct gpu_attention *a, int slot, const char *host, int64_t position) {
     char *to = slot_at(a, slot);
-    for (int head = 0; position && head < all_heads(a); head++) {
+    size_t used = 0;
+    enum err err = OK; /* the next wait returns it as well */
+    for (int head = 0; !err && position && head < all_heads(a); head++) {
         struct extent e = extent_of(a, head, position);
-        gpu_upload(a->gpu, to + e.keys, host + e.keys, e.keys_bytes);
-        gpu_upload(a->gpu, to + e.values, host + e.values, e.values_bytes);
+        err = ferry_up(a, &used, to + e.keys, host + e.keys, e.keys_bytes);
+        if (!err) err = ferry_up(a, &used, to + e.values, host + e.values, e.values_bytes);
     }
 }
 

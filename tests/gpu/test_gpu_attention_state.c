@@ -52,6 +52,35 @@ static void test_a_saved_state_comes_back_to_the_byte(void **state) {
     }
 }
 
+/* 5.3 MB: the page-locked memory it passes through is filled more than once. */
+static void test_a_long_softmax_state_comes_back_to_the_byte(void **state) {
+    (void)state;
+    enum { LONG = 437 };
+    struct attention_config c = {.kind = ATTENTION_SOFTMAX,
+                                 .n_heads = 4,
+                                 .n_kv_heads = 4,
+                                 .head_dim = 128,
+                                 .max_seq_len = 500,
+                                 .kv_type = KV_FP32};
+    struct rig g;
+    struct device d;
+    rig_open(&g, c, 100, LONG, 1, false);
+    device_open(&d, gpu, &g, true);
+    void *slot = slot_open(&g);
+    float *y = rows_open(&g);
+    size_t bytes = attention_state_bytes(g.a, LONG);
+    assert_true(bytes > GPU_FERRY_BYTES + GPU_FERRY_BYTES / 4);
+    char *saved = malloc(bytes), *again = malloc(bytes);
+    memset(again, 0x55, bytes);
+    rig_read(&g, slot, 0, LONG, y);
+    attention_state_save(g.a, saved, slot);
+    load_ok(&d, 1, saved, bytes);
+    assert_int_equal(gpu_attention_slot_save(d.a, 1, again), OK);
+    assert_memory_equal(saved, again, bytes);
+    free(slot), free(y), free(saved), free(again);
+    close_both(&g, &d);
+}
+
 /* Saved on one side and loaded on the other, a sequence goes on as the CPU's. */
 static void test_either_side_goes_on_with_the_others_state(void **state) {
     (void)state;
@@ -228,6 +257,7 @@ int main(void) {
     if (gpu_open(&gpu, msg, sizeof msg)) return 1;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_saved_state_comes_back_to_the_byte),
+        cmocka_unit_test(test_a_long_softmax_state_comes_back_to_the_byte),
         cmocka_unit_test(test_either_side_goes_on_with_the_others_state),
         cmocka_unit_test(test_copies_and_loaded_states_go_on_with_the_same_bits),
         cmocka_unit_test(test_a_cleared_slot_remembers_nothing),
