@@ -75,8 +75,8 @@ void gpu_gemm(struct gpu *g, float *y, size_t y_stride, const void *x, size_t x_
               int n_in, int element_bytes);
 
 /* The same for E4M3:  y[m][n] = x_scales[m] w_scales[n] sum_k x[m][k] w[n][k],  x [n_rows][n_in] and w dense bytes, scales fp32,
- * n_out and n_in multiples of 16, everything 16-byte aligned; y_stride as it likes.  false: this library has no such scales for this shape on this
- * device (it has since CUDA 12.9 on 9.0), and y is the bare sum. */
+ * n_out and n_in multiples of 16, everything 16-byte aligned.  false: the library has no such scales for this shape on this
+ * device (it has since CUDA 12.9, on 9.0 only), and y is the bare sum. */
 bool gpu_gemm_fp8(struct gpu *g, float *y, size_t y_stride, const void *x, const float *x_scales, int n_rows, const void *w,
                   const float *w_scales, int n_out, int n_in);
 

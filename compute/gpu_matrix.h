@@ -8,9 +8,9 @@
  * themselves quantised, each to E4M3 by its own absmax / 448, and fp8 products are summed.
  *
  * Promise: y[m][:] depends on x[m][:], W and the path alone - not on n_rows, m or the other rows.  The two paths may
- * differ in their last bits (fp8: by what rounding a row to E4M3 does): rows of a prompt always take GPU_PROMPT (the library's GEMM, one algorithm per shape; int8 and
- * int4 are widened to a bf16 matrix first), generated rows always GPU_GENERATED (our kernel, which reads the weights
- * once per 64 rows, summing k in one fixed order). */
+ * differ in their last bits (fp8: by what rounding a row to E4M3 does): rows of a prompt always take GPU_PROMPT (the
+ * library's GEMM, one algorithm per shape; int8 and int4 are widened to a bf16 matrix first), generated rows always
+ * GPU_GENERATED (our kernel, which reads the weights once per 64 rows, summing k in one fixed order). */
 #ifndef URCHIN_COMPUTE_GPU_MATRIX_H
 #define URCHIN_COMPUTE_GPU_MATRIX_H
 

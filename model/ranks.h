@@ -1,10 +1,10 @@
 /* ranks.h - how the matrices of a model divide over cards, and what the cards tell each other.
  *
- * Heads are independent, so rank r of n holds key heads  [K r / n, K (r + 1) / n)  with their query heads: of qkv their rows, of o
- * their columns; and FFN dimensions  [32 (U r / n), 32 (U (r + 1) / n)),  U = ceil(ffn / 32), as a matrix of blocks divides in
- * units of its blocks: of gate and up their rows, of down their columns; and rows [V r / n, V (r + 1) / n) of the head.  Norms,
- * positions and the embedding are whole on every rank.  A layer then has two sums over ranks, behind o and behind down, whose biases
- * rank 0 alone adds, and a step one gathering, of logits.
+ * Heads are independent, so rank r of n holds key heads  [K r / n, K (r + 1) / n)  with their query heads: of qkv their rows,
+ * of o their columns; and FFN dimensions  [32 (U r / n), 32 (U (r + 1) / n)),  U = ceil(ffn / 32), as a matrix of blocks divides
+ * in units of its blocks: of gate and up their rows, of down their columns; and rows [V r / n, V (r + 1) / n) of the head.
+ * Norms, positions and the embedding are whole on every rank.  A layer then has two sums over ranks, behind o and behind down,
+ * whose biases rank 0 alone adds, and a step one gathering, of logits.
  *
  * One rank of one is all there is: its parts are whole and its sums its own.  More ranks want, besides a library of collectives,
  * the heads of attention divided (struct attention takes its maps and counts) and one process or thread a card. */
