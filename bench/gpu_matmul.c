@@ -203,7 +203,7 @@ int main(int argc, char **argv) {
     double bandwidth = copy_bandwidth();
     printf("%s: copies %.1f GB/s\n", gpu_info(gpu)->name, bandwidth * 1e-9);
     if (emulated) {
-        measure(72, 40, only, bandwidth);
+        measure(80, 48, only, bandwidth);
     } else {
         for (int s = 0; s < 5 && (argc < 2 || !strcmp(argv[1], "135m")); s++)
             measure(small[s][0], small[s][1], only, bandwidth);
