@@ -114,6 +114,7 @@ static const struct row rows[] = {
     {"tries", INT, AT(tries), EVAL, "5", 1, 100000, 0, "N", "passkey: keys hidden at each length"},
 
     {"out", TEXT, AT(out), CONVERT, NULL, 0, 0, 0, "FOLDER", "where the converted model goes"},
+    {"merge", SWITCH, AT(merge), CONVERT, "no", 0, 0, 0, NULL, "learn nothing: write the adapter MODEL and its base as one whole model, in bf16"},
     {"recipe", CHOICE, AT(recipe), CONVERT, "urchin", 0, 0, 0, "urchin|lolcats|paper", "what the flags below are when they are not given"},
     {"name", TEXT, AT(name), CONVERT, NULL, 0, 0, 0, "NAME", "the converted model's name; none: the base's with -hedgehog"},
     {"steps", INT, AT(steps), CONVERT, "400", 0, 1 << 30, 0, "N", "steps of the optimiser; 0: calibrate only"},

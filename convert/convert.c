@@ -2,6 +2,7 @@
 #include "convert/convert.h"
 
 #include "convert/files.h"
+#include "convert/merge.h"
 #include "convert/run.h"
 #include "convert/teacher.h"
 #include "model/converted.h"
@@ -424,6 +425,7 @@ static void catch_signals(struct sigaction old[2]) {
 }
 
 int convert_main(const struct settings *settings, struct team *team) {
+    if (settings->merge) return merge_main(settings);
     char msg[1024] = "";
     struct sigaction old[2];
     struct conversion c = {.settings = settings, .team = team, .msg = msg, .msg_len = sizeof msg};

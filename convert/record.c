@@ -36,8 +36,9 @@ static enum err describe_file(cJSON *o, const char *path, char *msg, size_t msg_
 
 /* What base_open and its tokenizer read of a Hugging Face folder. */
 static int of_model(const struct dirent *entry) {
-    static const char *const names[] = {"config.json", "generation_config.json", "tokenizer.json",
-                                        "tokenizer_config.json", "model.safetensors.index.json"};
+    static const char *const names[] = {"config.json",         "generation_config.json",
+                                        "tokenizer.json",      "tokenizer_config.json",
+                                        "chat_template.jinja", "model.safetensors.index.json"};
     const char *name = entry->d_name;
     size_t n = strlen(name);
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)

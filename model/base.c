@@ -380,6 +380,20 @@ const struct base_tensor *base_tensor(const struct base *b, enum base_part part,
     return t->name ? t : NULL;
 }
 
+void base_part_name(const struct base *b, enum base_part part, int layer, char *out, size_t len) {
+    bool gpt2 = b->config.architecture == BASE_GPT2;
+    const char *name = gpt2 ? parts[part].gpt2 : parts[part].llama;
+    const char *prefix = part == PART_HEAD ? "" : gpt2 ? "transformer." : "model.";
+    if (part < PART_ATTN_NORM)
+        snprintf(out, len, "%s%s", prefix, name);
+    else
+        snprintf(out, len, "%s%s.%d.%s", prefix, gpt2 ? "h" : "layers", layer, name);
+}
+
+const struct gguf *base_gguf(const struct base *b) {
+    return b->gguf;
+}
+
 /* ---- reading ---- */
 static void read_transposed(const struct base_tensor *t, int first, int n_rows, float *out) {
     enum { COLUMNS = 64 };

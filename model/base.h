@@ -91,6 +91,11 @@ enum weight_type base_natural_weights(const struct base *base);
 /* layer is 0 for parts that are there once.  NULL: the checkpoint has none, as it may. */
 const struct base_tensor *base_tensor(const struct base *base, enum base_part part, int layer);
 
+/* The part's name in a Hugging Face folder, whichever container this one is. */
+void base_part_name(const struct base *base, enum base_part part, int layer, char *out, size_t len);
+
+const struct gguf *base_gguf(const struct base *base); /* NULL: a folder; borrowed */
+
 /* Rows first .. first + n_rows - 1 as fp32 [n_rows, n_in].  Safe from any thread. */
 void base_read(const struct base_tensor *tensor, int first, int n_rows, float *out);
 

@@ -12,14 +12,7 @@
 /* tokenizer.ggml.token_type */
 enum { GGUF_NORMAL = 1, GGUF_UNKNOWN, GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED, GGUF_BYTE };
 
-struct pre_tokenizer {
-    const char *name;
-    bool digits; /* cut out one by one before the pattern */
-    const char *pattern;
-    bool nfc, ignore_merges, add_bos;
-};
-
-static const struct pre_tokenizer pre_tokenizers[] = {
+static const struct gguf_split pre_tokenizers[] = {
     {"gpt-2", false, split_gpt2, false, false, false},
     {"mpt", false, split_gpt2, true, false, false},
     {"gpt-neox", false, split_gpt2, true, false, false},
@@ -119,19 +112,26 @@ static enum err read_merges(struct reader *r) {
     return e;
 }
 
+/* NULL: the file does not say. */
+static const char *pre_name(const struct gguf *g) {
+    const char *name = gguf_string(g, KEY "pre", NULL);
+    /* Files made before the key existed: this architecture had but one pattern. */
+    bool gpt2 = is(gguf_string(g, "general.architecture", NULL), "gpt2");
+    return name ? name : gpt2 ? "gpt-2" : NULL;
+}
+
+const struct gguf_split *gguf_split(const struct gguf *g) {
+    const char *name = is(gguf_string(g, KEY "model", NULL), "gpt2") ? pre_name(g) : NULL;
+    for (int i = 0; i < N_PRE; i++)
+        if (is(name, pre_tokenizers[i].name)) return &pre_tokenizers[i];
+    return NULL;
+}
+
 static enum err read_byte_level(struct reader *r) {
     struct tokenizer *t = r->t;
-    const char *name = gguf_string(r->g, KEY "pre", NULL);
-    if (!name) {
-        /* Files made before the key existed: these architectures had but one pattern. */
-        const char *architecture = gguf_string(r->g, "general.architecture", NULL);
-        if (!is(architecture, "gpt2"))
-            return FAULT(r, "tokenizer.ggml.pre is missing, so how text is split is not known");
-        name = "gpt-2";
-    }
-    const struct pre_tokenizer *pre = NULL;
-    for (int i = 0; i < N_PRE && !pre; i++)
-        if (is(name, pre_tokenizers[i].name)) pre = &pre_tokenizers[i];
+    const char *name = pre_name(r->g);
+    if (!name) return FAULT(r, "tokenizer.ggml.pre is missing, so how text is split is not known");
+    const struct gguf_split *pre = gguf_split(r->g);
     if (!pre)
         return FAULT(r,
                      "tokenizer.ggml.pre \"%.40s\" is not supported (gpt-2, mpt, gpt-neox, olmo, "

@@ -171,6 +171,16 @@ int32_t vocab_find_bytes(const struct tokenizer *t, const char *bytes, size_t le
 
 size_t table_size(size_t n); /* of a hash table for n entries: a power of two, at most half full */
 
+/* ---- tokenizer_gguf.c ---- */
+
+struct gguf_split { /* what a name in tokenizer.ggml.pre stands for */
+    const char *name;
+    bool digits; /* cut out one by one before the pattern */
+    const char *pattern;
+    bool nfc, ignore_merges, add_bos;
+};
+const struct gguf_split *gguf_split(const struct gguf *g); /* NULL: SentencePiece, or not known */
+
 /* ---- tokenizer_merges.c ---- */
 
 /* Room for n merges; called once, behind vocab_finish. */

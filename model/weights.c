@@ -84,6 +84,13 @@ static bool read_rows(struct packing *p, const struct job *job, int first, int n
     return true;
 }
 
+void weights_add_low_rank(const struct low_rank *part, int rank, float scale, int index, int n_in,
+                          float *row) {
+    for (int k = 0; k < rank; k++)
+        add_scaled(row, part->a + (size_t)k * (size_t)n_in,
+                   scale * part->b[(size_t)index * (size_t)rank + (size_t)k], n_in);
+}
+
 /* W + scale B A on rows first .. first + n. */
 static void merge_low_rank(const struct packing *p, const struct job *job, int first, int n,
                            float *rows) {
@@ -92,13 +99,8 @@ static void merge_low_rank(const struct packing *p, const struct job *job, int f
         for (int r = first; r < first + n; r++) {
             int in_target = r - job->low_rank_first[l];
             if (in_target < 0 || in_target >= job->low_rank_rows[l]) continue;
-            float *row = rows + (size_t)(r - first) * (size_t)n_in;
-            for (int k = 0; k < p->rank; k++) {
-                float b =
-                    p->scale * job->low_rank[l]->b[(size_t)in_target * (size_t)p->rank + (size_t)k];
-                const float *a = job->low_rank[l]->a + (size_t)k * (size_t)n_in;
-                add_scaled(row, a, b, n_in);
-            }
+            weights_add_low_rank(job->low_rank[l], p->rank, p->scale, in_target, n_in,
+                                 rows + (size_t)(r - first) * (size_t)n_in);
         }
     }
 }

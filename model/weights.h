@@ -41,4 +41,9 @@ enum err weights_load(struct weights **out, const struct base *base,
                       void *progress_arg, char *msg, size_t msg_len);
 void weights_free(struct weights *w); /* NULL is fine */
 
+/* row += scale B[index] A, in fp32, the rank's parts in order: row `index` of a matrix with this
+ * low-rank part, row [n_in]. */
+void weights_add_low_rank(const struct low_rank *part, int rank, float scale, int index, int n_in,
+                          float *row);
+
 #endif
