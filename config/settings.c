@@ -125,6 +125,7 @@ static const struct row rows[] = {
     {"rows", INT, AT(rows), CONVERT, "80", 1, 1 << 20, 0, "N", "query rows compared in a sequence"},
     {"long-rows", INT, AT(long_rows), CONVERT, "32", 1, 1 << 20, 0, "N", "query rows compared in a long sequence"},
     {"join-documents", SWITCH, AT(join_documents), CONVERT, "no", 0, 0, 0, NULL, "fill sequences with documents one after the other, each seeing those before it"},
+    {"recall", DOUBLE, AT(recall), CONVERT, "0", 0, 1, 0, "SHARE", "share of sequences that are synthetic: facts in ordinary text, then questions about them"},
     {"loss", CHOICE, AT(loss), CONVERT, NULL, 0, 0, 0, "cross-entropy|mse|both", "cross-entropy of rows of attention, squared error of outputs, or both"},
     {"mse-factor", DOUBLE, AT(mse_factor), CONVERT, "1000", 0, 1e12, 0, "X", "weight of the squared error"},
     {"lr", DOUBLE, AT(lr), CONVERT, "0", 0, 10, 0, "RATE", "learning rate of maps; 0: the recipe's"},

@@ -61,7 +61,7 @@ struct settings {
     const char *map, *key_map, *map_position, *window, *mixing, *loss, *schedule;
     int window_size, sinks, features;
     int steps, accumulate, length, long_length, long_every, rows, long_rows;
-    double lr, lr_mix, warmup, init_scale, mse_factor;
+    double lr, lr_mix, warmup, init_scale, mse_factor, recall;
     bool join_documents, merge; /* merge: MODEL and its base become one folder (convert/merge.h) */
     /* bench (see server/bench.h); lists: settings_list */
     const char *n_prompt, *batch, *depth;

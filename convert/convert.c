@@ -119,7 +119,8 @@ static enum err open_corpus(struct conversion *c) {
                                .chat = model_chat(c->model),
                                .vocab_size = c->run.base->vocab_size,
                                .join = c->run.recipe.join_documents,
-                               .least = recipe_least_tokens(&c->run.recipe.attention)};
+                               .least = recipe_least_tokens(&c->run.recipe.attention),
+                               .recall = c->run.recipe.recall};
     return corpus_open(&c->corpus, &o, c->msg, c->msg_len);
 }
 

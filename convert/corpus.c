@@ -3,12 +3,14 @@
 #include "convert/corpus.h"
 
 #include "config/json.h"
+#include "convert/recall_text.h"
 #include "model/base.h"
 #include "model/mapped.h"
 
 #include <dirent.h>
 #include <errno.h>
 #include <limits.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -341,9 +343,110 @@ static enum err add_piece(const struct corpus *c, const struct document *d, uint
     return OK;
 }
 
+/* ---- recall texts ---- */
+enum { RECALL_DRAWS = 1 << 21 }; /* numbers that neither places of text nor rows draw from */
+
+/* Of each run of 1 / share packs one is, which is left to chance: not always the long ones. */
+static bool is_recall(const struct corpus *c, int64_t seed, int stream, int64_t number) {
+    double share = c->options.recall;
+    if (share <= 0 || stream == PACK_CALIBRATE || stream == PACK_PROBE) return false;
+    int64_t run = (int64_t)floor((double)number * share);
+    int64_t first = (int64_t)ceil((double)run / share),
+            next = (int64_t)ceil((double)(run + 1) / share);
+    uint64_t draw = chance(seed, stream, run, RECALL_DRAWS);
+    return number == first + (int64_t)(draw % (uint64_t)(next > first ? next - first : 1));
+}
+
+struct filler {
+    char *at; /* owned */
+    size_t len;
+};
+
+static bool add_filler(struct filler *f, const char *text, size_t len, size_t most, uint64_t draw) {
+    size_t want = most - f->len,
+           from = len > want ? begin_near(text, len, draw % (len - want + 1)) : 0;
+    if (want > len - from) want = len - from;
+    while (want && from + want < len && ((unsigned char)text[from + want] & 0xc0) == 0x80)
+        want--;
+    char *more = realloc(f->at, f->len + want + 2);
+    if (!more) return false;
+    if (f->len) more[f->len++] = '\n';
+    memcpy(more + f->len, text + from, want);
+    f->at = more;
+    f->len += want;
+    return true;
+}
+
+/* What a document says, without the marks of chats. */
+static enum err add_document_text(const struct corpus *c, const struct document *d, size_t most,
+                                  uint64_t draw, struct filler *f, char *msg, size_t msg_len) {
+    const char *text = (const char *)c->sources[d->source].file.bytes + d->at;
+    if (!d->jsonl) return add_filler(f, text, d->len, most, draw) ? OK : ERR_NOMEM;
+    struct json *root = NULL;
+    enum err e = json_parse(&root, text, d->len, "--text", msg, msg_len);
+    if (e) return e;
+    const char *whole = json_string(json_get(root, "text"));
+    bool good = !whole || add_filler(f, whole, strlen(whole), most, draw);
+    const struct json *m = whole ? NULL : json_child(json_get(root, "messages"));
+    for (; m && good && f->len + 1 < most; m = json_next(m)) {
+        const char *content = json_string(json_get(m, "content"));
+        good = add_filler(f, content, strlen(content), most, 0);
+    }
+    json_free(root);
+    return good ? OK : ERR_NOMEM;
+}
+
+/* out->n 0: there is no room for a fact and a question. */
+static enum err recall_pack(const struct corpus *c, int64_t seed, int stream, int64_t number,
+                            int length, struct pack *out, char *msg, size_t msg_len) {
+    enum { TRIES = 200, BYTES_PER_TOKEN = 6 };
+    size_t most = (size_t)length * BYTES_PER_TOKEN;
+    struct filler f = {0};
+    struct pack p = {0};
+    enum err e = OK;
+    for (uint64_t i = 0; !e && i < TRIES && f.len + 1 < most; i++) {
+        uint64_t at = chance(seed, stream, number, 2 * i) % c->bytes,
+                 draw = chance(seed, stream, number, 2 * i + 1);
+        e = add_document_text(c, document_at(c, at), most, draw, &f, msg, msg_len);
+    }
+    uint64_t draw = chance(seed, stream, number, RECALL_DRAWS + 1);
+    bool chat = c->options.chat && chat_family(c->options.chat) != CHAT_NONE;
+    for (int facts = RECALL_FACTS; !e && !p.n && facts; facts = facts > 1 ? 1 : 0) {
+        struct recall r;
+        recall_draw(&r, draw, length, chat, facts);
+        e = recall_tokens(&r, c->options.tokenizer, c->options.chat, f.at, f.len, length, &p.tokens,
+                          &p.weight, &p.n, msg, msg_len);
+    }
+    free(f.at);
+    int n = 0;
+    for (int i = 0; i < p.n; i++) {
+        if (p.tokens[i] >= c->options.vocab_size) continue;
+        p.tokens[n] = p.tokens[i];
+        p.weight[n++] = p.weight[i];
+    }
+    p.n = n;
+    p.first = calloc(2, sizeof *p.first);
+    if (!e && !p.first) e = ERR_NOMEM;
+    if (e || !n) {
+        pack_free(&p);
+        return e == ERR_NOMEM ? err_set(msg, msg_len, e, "--recall: out of memory") : e;
+    }
+    p.first[p.n_documents = 1] = n;
+    *out = p;
+    return OK;
+}
+
 enum err corpus_pack(const struct corpus *c, int64_t seed, int stream, int64_t number, int length,
                      struct pack *out, char *msg, size_t msg_len) {
     enum { TRIES = 200 };
+    if (is_recall(c, seed, stream, number)) {
+        struct pack recall = {0};
+        enum err e = recall_pack(c, seed, stream, number, length, &recall, msg, msg_len);
+        if (e || recall.n) {
+            if (!e) *out = recall;
+            return e;
+        }
+    }
     int most = c->options.join ? 1 : length / c->options.least + 1;
     struct pack p = {.tokens = malloc((size_t)length * sizeof *p.tokens),
                      .first = calloc((size_t)most + 1, sizeof *p.first)};
@@ -370,5 +473,6 @@ enum err corpus_pack(const struct corpus *c, int64_t seed, int stream, int64_t n
 void pack_free(struct pack *p) {
     free(p->tokens);
     free(p->first);
+    free(p->weight);
     *p = (struct pack){0};
 }

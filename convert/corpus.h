@@ -7,7 +7,12 @@
  * Pack number i of a seed is a function of (corpus, seed, i) alone.  Its tokens come from places
  * drawn by chance, a document as often as it has bytes; pieces of different documents never see
  * each other, unless they are joined (EOS between them).  Where the tokenizer puts BOS in front of
- * a text, every piece begins with it. */
+ * a text, every piece begins with it.
+ *
+ * A share of the packs are recall texts (recall_text.h), one document each: facts, ordinary text of
+ * the corpus around them (pieces one after the other, each in a paragraph of its own), questions
+ * and answers.  Of n packs in a row n * share are, give or take one; never of PACK_CALIBRATE and
+ * PACK_PROBE.  A length with no room for a fact and a question gets an ordinary pack. */
 #ifndef URCHIN_CONVERT_CORPUS_H
 #define URCHIN_CONVERT_CORPUS_H
 
@@ -25,7 +30,8 @@ struct corpus_options {
     const struct chat *chat;
     int vocab_size; /* tokens past it are left out: the model has no weights for them */
     bool join;
-    int least; /* pieces of fewer tokens are passed over, unless joined */
+    int least;     /* pieces of fewer tokens are passed over, unless joined */
+    double recall; /* share of packs that are recall texts, 0 to 1 */
 };
 /* Reads names and lines, not tokens.  ERR_IO, ERR_FORMAT: a sentence that names file and line. */
 enum err corpus_open(struct corpus **out, const struct corpus_options *options, char *msg,
@@ -39,6 +45,9 @@ enum { PACK_CALIBRATE, PACK_TRAIN, PACK_PROBE }; /* streams of packs that have n
 struct pack {
     int32_t *tokens; /* [n], owned: pack_free */
     int *first;      /* [n_documents + 1] */
+    float *weight;   /* [n], owned; NULL: no recall text.  1 where token t is (part of) what a
+                      * question asks   to remember, else 0: a loss that is to dwell on answers takes 1
+                      * + x * weight[t] for the   row before t, which predicts it */
     int n, n_documents;
 };
 /* ERR_ARG: no document is long enough. */

@@ -149,6 +149,7 @@ enum err recipe_from_settings(struct recipe *out, const struct settings *s,
     r.accumulate = s->accumulate;
     r.seed = s->seed < 0 ? 0 : s->seed;
     r.join_documents = s->join_documents;
+    r.recall = s->recall;
     enum err e = set_lengths(&r, s, base, msg, msg_len);
     if (!e) *out = r;
     return e;
@@ -215,6 +216,7 @@ cJSON *recipe_training_json(const struct recipe *r) {
         add_number(o, "long_rows", r->long_rows);
     }
     cJSON_AddBoolToObject(o, "join_documents", r->join_documents);
+    if (r->recall > 0) add_number(o, "recall", r->recall);
     add_text(o, "optimiser",
              "AdamW, betas 0.9 and 0.99, no decay, gradient norm of a layer at most 1");
     add_number(o, "lr", r->lr);

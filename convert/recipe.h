@@ -30,6 +30,7 @@ struct recipe {
     bool calibrate; /* c_h before the first step: conversion.md 2 */
     int64_t seed;
     bool join_documents;
+    double recall; /* share of packs that are recall texts */
 };
 
 /* ERR_ARG with a sentence that names the flag.  Strings are borrowed from the settings. */

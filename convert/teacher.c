@@ -8,7 +8,8 @@
 
 enum {
     CHUNK = 256,
-    ROW_DRAWS = 1 << 20
+    ROW_DRAWS = 1 << 20,
+    ANSWER_DRAWS = 3 << 20
 }; /* rows draw from numbers that places of text do not use */
 
 struct teacher {
@@ -19,7 +20,7 @@ struct teacher {
     float *kv, *q;              /* as struct lesson has them */
     size_t kv_bytes, q_bytes;
     float *cosines, *sines, *far_cosines, *far_sines;
-    int *rows, *eligible;
+    int *rows, *eligible, *answers;
     int at,
         next_row; /* of the step in progress: its first token, the first of rows not before it */
 };
@@ -69,11 +70,12 @@ enum err teacher_new(struct teacher **out, struct model *model,
     t->q = memory_map(t->q_bytes);
     t->rows = calloc((size_t)max_rows, sizeof *t->rows);
     t->eligible = calloc(tokens, sizeof *t->eligible);
+    t->answers = calloc(tokens, sizeof *t->answers);
     t->cosines = calloc(tokens * half + 1, sizeof *t->cosines);
     t->sines = calloc(tokens * half + 1, sizeof *t->sines);
     t->far_cosines = calloc(half + 1, sizeof *t->far_cosines);
     t->far_sines = calloc(half + 1, sizeof *t->far_sines);
-    if (!t->kv || !t->q || !t->rows || !t->eligible || !t->cosines || !t->sines ||
+    if (!t->kv || !t->q || !t->rows || !t->eligible || !t->answers || !t->cosines || !t->sines ||
         !t->far_cosines || !t->far_sines) {
         teacher_free(t);
         return ERR_NOMEM;
@@ -91,6 +93,7 @@ void teacher_free(struct teacher *t) {
     memory_unmap(t->q, t->q_bytes);
     free(t->rows);
     free(t->eligible);
+    free(t->answers);
     free(t->cosines);
     free(t->sines);
     free(t->far_cosines);
@@ -98,23 +101,43 @@ void teacher_free(struct teacher *t) {
     free(t);
 }
 
-/* One row from each of n_rows even parts of those that have linear keys; returns how many there
- * are. */
-static int draw_rows(struct teacher *t, const struct pack *pack, int n_rows, int64_t seed,
-                     int stream, int64_t number) {
-    int n = 0, sinks;
-    int64_t from;
-    for (int d = 0; d < pack->n_documents; d++)
-        for (int i = pack->first[d]; i < pack->first[d + 1]; i++)
-            if (lesson_linear_keys(&t->attention, i - pack->first[d], &sinks, &from) > 0)
-                t->eligible[n++] = i;
-    t->n_rows = n < n_rows ? n : n_rows;
-    for (int r = 0; r < t->n_rows; r++) {
-        int first = (int)((int64_t)r * n / t->n_rows), end = (int)((r + 1LL) * n / t->n_rows);
-        uint64_t draw = chance(seed, stream, number, ROW_DRAWS + (uint64_t)r);
-        t->rows[r] = t->eligible[first + (int)(draw % (uint64_t)(end - first))];
+/* One of each of n even parts of from [m]; returns how many: m where that is fewer. */
+static int draw_some(int *out, int n, const int *from, int m, int64_t seed, int stream,
+                     int64_t number, uint64_t draws) {
+    if (n > m) n = m;
+    for (int r = 0; r < n; r++) {
+        int first = (int)((int64_t)r * m / n), end = (int)((r + 1LL) * m / n);
+        uint64_t draw = chance(seed, stream, number, draws + (uint64_t)r);
+        out[r] = from[first + (int)(draw % (uint64_t)(end - first))];
     }
     return n;
+}
+
+static int ascending(const void *a, const void *b) {
+    return *(const int *)a - *(const int *)b;
+}
+
+/* Rows that have linear keys: all that predict a token of an answer (as many as there is room for),
+ * and of the others one from each of even parts.  Returns how many have linear keys. */
+static int draw_rows(struct teacher *t, const struct pack *pack, int n_rows, int64_t seed,
+                     int stream, int64_t number) {
+    int n = 0, n_answers = 0, sinks;
+    int64_t from;
+    int *answers = t->answers;
+    for (int d = 0; d < pack->n_documents; d++)
+        for (int i = pack->first[d]; i < pack->first[d + 1]; i++) {
+            if (lesson_linear_keys(&t->attention, i - pack->first[d], &sinks, &from) <= 0) continue;
+            bool answer = pack->weight && i + 1 < pack->first[d + 1] && pack->weight[i + 1] > 0;
+            if (answer)
+                answers[n_answers++] = i;
+            else
+                t->eligible[n++] = i;
+        }
+    int taken = draw_some(t->rows, n_rows, answers, n_answers, seed, stream, number, ANSWER_DRAWS);
+    t->n_rows = taken + draw_some(t->rows + taken, n_rows - taken, t->eligible, n, seed, stream,
+                                  number, ROW_DRAWS);
+    if (taken) qsort(t->rows, (size_t)t->n_rows, sizeof *t->rows, ascending);
+    return n + n_answers;
 }
 
 enum err teacher_read(struct teacher *t, const struct pack *pack, int n_rows, int64_t seed,

@@ -182,7 +182,8 @@ static void test_any_number_of_threads_makes_the_same_bytes(void **state) {
         snprintf(out, sizeof out, "out%d", threads);
         assert_int_equal(team_new(&some, threads), OK);
         if (convert_on(some, (const char *const[]){STORIES_CONVERT, "--out", in(out), "--steps",
-                                                   "4", "--seed", "3", "--loss", "both", NULL}))
+                                                   "4", "--seed", "3", "--loss", "both", "--recall",
+                                                   "0.5", NULL}))
             fail_msg("%s", said);
         team_free(some);
     }
