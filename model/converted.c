@@ -67,10 +67,33 @@ static int read_choice(struct reader *r, const struct json *object, const char *
     return 0;
 }
 
+/* Numbers of layers, ascending; how many there are is known with the base. */
+static void read_softmax_layers(struct reader *r, struct converted *c, const struct json *list) {
+    const char *in = "attention.", *key = "softmax_layers";
+    if (json_type(list) == JSON_NULL) return;
+    if (json_type(list) != JSON_ARRAY) {
+        fault(r, in, key, "is not a list");
+        return;
+    }
+    c->softmax_list = calloc((size_t)json_size(list) + 1, sizeof *c->softmax_list);
+    if (!c->softmax_list) {
+        if (!r->e) r->e = err_set(r->msg, r->msg_len, ERR_NOMEM, "%s: out of memory", r->path);
+        return;
+    }
+    int64_t last = -1, layer;
+    for (const struct json *n = json_child(list); n; n = json_next(n), last = layer) {
+        if (!json_int(n, &layer) || layer <= last || layer > INT_MAX) {
+            fault(r, in, key, "is not a list of ascending layers");
+            return;
+        }
+        c->softmax_list[c->n_softmax_layers++] = (int)layer;
+    }
+}
+
 static void read_attention(struct reader *r, struct converted *c, const struct json *attention) {
-    static const char *const keys[] = {"kind",   "map",          "features",     "key_map_per",
-                                       "window", "sinks",        "cache",        "horizon",
-                                       "mixing", "map_position", "max_distance", NULL};
+    static const char *const keys[] = {
+        "kind",    "map",    "features",     "key_map_per",  "window",         "sinks", "cache",
+        "horizon", "mixing", "map_position", "max_distance", "softmax_layers", NULL};
     static const char *const kinds[] = {"softmax", "hedgehog", NULL};
     static const char *const maps[] = {"exp", "softmax2", "joint_softmax", NULL};
     static const char *const per[] = {"kv_head", "query_head", NULL};
@@ -99,6 +122,7 @@ static void read_attention(struct reader *r, struct converted *c, const struct j
     a->horizon = read_int(r, attention, in, "horizon", 1, 0);
     a->max_distance = read_int(r, attention, in, "max_distance", 1, 0);
     c->has_max_distance = a->max_distance > 0;
+    read_softmax_layers(r, c, json_get(attention, "softmax_layers"));
 
     const struct json *window = json_get(attention, "window");
     if (json_type(window) != JSON_OBJECT) fault(r, in, "window", "is not an object");
@@ -251,6 +275,8 @@ void converted_close(struct converted *c) {
         free(c->layers[i].mix);
     }
     free(c->layers);
+    free(c->softmax_layers);
+    free(c->softmax_list);
     free(c->tensors_path);
     free(c->base_file);
     free(c->name);
@@ -293,13 +319,17 @@ static enum err read_tensor(struct converted *c, float **out, int layer, const c
     return OK;
 }
 
+static bool is_softmax(const struct converted *c, int layer) {
+    return c->softmax_layers && c->softmax_layers[layer];
+}
+
 static enum err read_layer(struct converted *c, int i, const struct base_config *base, int *n_read,
                            char *msg, size_t msg_len) {
     const struct attention_config *a = &c->attention;
     struct converted_layer *l = &c->layers[i];
     enum err e = OK;
     int state_heads = a->key_map_per_query_head ? a->n_heads : a->n_kv_heads;
-    if (a->kind == ATTENTION_HEDGEHOG) {
+    if (a->kind == ATTENTION_HEDGEHOG && !is_softmax(c, i)) {
         const char *mix = a->mixing == MIXING_UNIFIED ? "log_mix" : "window_factor";
         e = read_tensor(c, &l->map_q, i, "feature_map_q",
                         (int[]){a->n_heads, a->head_dim, a->features, 0}, n_read, msg, msg_len);
@@ -339,7 +369,7 @@ static enum err refuse_others(const struct converted *c, char *msg, size_t msg_l
         if (sscanf(name, "layers.%d.attn.%n", &layer, &at) == 1 && at && layer >= 0 &&
             layer < c->n_layers)
             part = name + at;
-        if (part && c->attention.kind == ATTENTION_HEDGEHOG)
+        if (part && c->attention.kind == ATTENTION_HEDGEHOG && !is_softmax(c, layer))
             known =
                 !strcmp(part, maps[0]) || !strcmp(part, maps[1]) ||
                 !strcmp(part, c->attention.mixing == MIXING_UNIFIED ? "log_mix" : "window_factor");
@@ -352,6 +382,26 @@ static enum err refuse_others(const struct converted *c, char *msg, size_t msg_l
             return err_set(msg, msg_len, ERR_FORMAT,
                            "%s: tensor %s is not what urchin.json asks for", c->tensors_path, name);
     }
+    return OK;
+}
+
+static enum err take_softmax_layers(struct converted *c, char *msg, size_t msg_len) {
+    int n = c->n_softmax_layers;
+    if (!n) return OK;
+    if (c->softmax_list[n - 1] >= c->n_layers)
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "%s: attention.softmax_layers names layer %d, but the base has %d layers",
+                       c->name, c->softmax_list[n - 1], c->n_layers);
+    c->softmax_layers = calloc((size_t)c->n_layers, sizeof *c->softmax_layers);
+    if (!c->softmax_layers) return err_set(msg, msg_len, ERR_NOMEM, "%s: out of memory", c->name);
+    for (int i = 0; i < n; i++)
+        c->softmax_layers[c->softmax_list[i]] = true;
+    if (n < c->n_layers) return OK;
+    c->attention = (struct attention_config){.kind = ATTENTION_SOFTMAX,
+                                             .n_heads = c->attention.n_heads,
+                                             .n_kv_heads = c->attention.n_kv_heads,
+                                             .head_dim = c->attention.head_dim};
+    c->n_softmax_layers = 0;
     return OK;
 }
 
@@ -374,6 +424,7 @@ enum err converted_lay_over(struct converted *c, const struct base_config *base,
     c->n_layers = base->n_layers;
     c->layers = calloc((size_t)base->n_layers, sizeof *c->layers);
     if (!c->layers) return err_set(msg, msg_len, ERR_NOMEM, "%s: out of memory", c->name);
+    if ((e = take_softmax_layers(c, msg, msg_len))) return e;
     if (!c->tensors) return OK;
     for (int i = 0; !e && i < c->n_layers; i++)
         e = read_layer(c, i, base, &n_read, msg, msg_len);

@@ -29,6 +29,9 @@ struct converted {
     char *name;
     struct attention_config attention; /* heads from the base, see converted_lay_over */
     bool has_max_distance;
+    bool *softmax_layers; /* [n_layers] once laid over a base, NULL: none */
+    int *softmax_list;    /* [n_softmax_layers] as urchin.json names them, ascending */
+    int n_softmax_layers; /* 0 where all are: then the kind is softmax */
     bool is_adapter;
     char *base_file; /* adapters: file name without a folder, bytes, digest */
     int64_t base_bytes;

@@ -101,9 +101,8 @@ static void product_took(struct model *m, enum model_op op, const struct matrix 
 }
 
 const char *model_op_name(enum model_op op) {
-    static const char *const names[] = {"embedding", "q, k, v",    "attention",
-                                        "o",         "gate, up",   "activation",
-                                        "down",      "add, norms", "head"};
+    static const char *const names[] = {"embedding",  "q, k, v", "attention",  "o",   "gate, up",
+                                        "activation", "down",    "add, norms", "head"};
     return names[op];
 }
 
@@ -168,8 +167,8 @@ static int keep_logit_rows(struct model *m, int n_logits) {
 static size_t states_bytes(const struct model *m, int n_runs) {
     size_t sum = 0;
     for (int i = 0; i < n_runs; i++)
-        sum += attention_state_bytes(m->attention,
-                                     attention_slot_position(m->attention, m->runs[i].slot));
+        sum += attentions_state_bytes(m->attention,
+                                      attentions_slot_position(m->attention, m->runs[i].slot));
     return sum;
 }
 
@@ -185,7 +184,7 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
            kv = (size_t)(c->n_kv_heads * c->head_dim);
     size_t qkv = q + 2 * kv, gate_up = (size_t)matrix_n_out(w->layers[0].gate_up);
     if (m->profile) m->profile->steps++, m->profiled_at = now();
-    attention_step_begin(m->attention, m->runs, n_runs);
+    attentions_step_begin(m->attention, m->runs, n_runs);
     took(m, OP_ATTENTION, m->profile ? states_bytes(m, n_runs) : 0);
     for_rows(
         (struct row_op){m, embed_row, n_rows, w->layers[0].attn_norm, w->layers[0].attn_norm_bias});
@@ -196,8 +195,8 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
         matmul(m->team, m->scratch, m->qkv, qkv, m->normed, hidden, n_rows, l->qkv, l->qkv_bias);
         product_took(m, OP_QKV, l->qkv, n_rows);
         if (m->tap) m->tap(m->tap_arg, i, m->qkv, n_rows);
-        attention_layer(m->attention, i, m->y, q, m->qkv, qkv, m->qkv + q, qkv, m->qkv + q + kv,
-                        qkv);
+        attentions_layer(m->attention, i, m->y, q, m->qkv, qkv, m->qkv + q, qkv, m->qkv + q + kv,
+                         qkv);
         if (last) n_rows = keep_logit_rows(m, n_logits);
         took(m, OP_ATTENTION, 0);
         matmul(m->team, m->scratch, m->delta, hidden, m->y, q, n_rows, l->o, l->o_bias);
@@ -216,7 +215,7 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
                                  last ? w->norm_bias : l[1].attn_norm_bias});
         took(m, OP_ADD_NORM, 0);
     }
-    attention_step_end(m->attention);
+    attentions_step_end(m->attention);
     matmul(m->team, m->scratch, m->logits, (size_t)c->vocab_size, m->normed, hidden, n_rows,
            w->head, NULL);
     product_took(m, OP_HEAD, w->head, n_rows);

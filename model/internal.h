@@ -2,6 +2,7 @@
 #ifndef URCHIN_MODEL_INTERNAL_H
 #define URCHIN_MODEL_INTERNAL_H
 
+#include "model/attentions.h"
 #include "model/base.h"
 #include "model/converted.h"
 #include "model/gpu_model.h"
@@ -19,7 +20,7 @@ struct model {
     struct converted *converted; /* NULL: none; attention borrows its maps */
     struct weights *weights; /* NULL once they are on a GPU */
     struct rope *rope;
-    struct attention *attention;
+    struct attentions *attention;
     struct team *team;     /* borrowed */
     struct model_profile *profile; /* borrowed or NULL */
     void (*tap)(void *arg, int layer, const float *qkv, int n_rows); /* or NULL */

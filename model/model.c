@@ -155,22 +155,23 @@ static enum err new_attention(struct opening *o) {
         weights[i] =
             (struct attention_weights){.map_q = l->map_q, .map_k = l->map_k, .mix = l->mix};
     }
-    enum err e = attention_new(&m->attention, &m->info.attention, weights, n_layers, m->rope,
-                               m->team, m->max_rows, m->max_runs);
+    enum err e = attentions_new(&m->attention, &m->info.attention, m->info.softmax_layers,
+                                m->info.max_seq_len, weights, n_layers, m->rope, m->team,
+                                m->max_rows, m->max_runs);
     free(weights);
     if (e)
         return err_set(o->msg, o->msg_len, e, "%s: the attention cannot be set up (%s)",
                        o->options->path, err_name(e));
-    m->slot_stride = (attention_slot_bytes(m->attention) + 63) / 64 * 64;
+    m->slot_stride = attentions_slot_bytes(m->attention);
     return OK;
 }
 
-/* Softmax: the cache has max_seq_len rows.  The model's context by default, or what one slot's
- * share of the budget holds. */
+/* Softmax, in all layers or some: the cache has max_seq_len rows.  The model's context by default,
+ * or what one slot's share of the budget holds. */
 static enum err fit_context(struct opening *o) {
     struct model *m = o->m;
     size_t share = o->budget / (size_t)(o->options->n_slots ? o->options->n_slots : 1);
-    int64_t *rows = &m->info.attention.max_seq_len;
+    int64_t *rows = &m->info.max_seq_len;
     enum err e = new_attention(o);
     while (!o->options->max_seq_len && *rows > 1 &&
            (e == ERR_NOMEM || (!e && m->slot_stride > share))) {
@@ -178,11 +179,10 @@ static enum err fit_context(struct opening *o) {
         int64_t fewer =
             e ? *rows / 2 : (int64_t)((double)*rows * (double)share / (double)m->slot_stride);
         *rows = fewer < 1 ? 1 : fewer < *rows ? fewer : *rows - 1;
-        attention_free(m->attention);
+        attentions_free(m->attention);
         m->attention = NULL;
         e = new_attention(o);
     }
-    m->info.max_seq_len = *rows;
     if (!e && !o->options->max_seq_len && *rows < m->config.context)
         log_event(LOG_WARN, "context_limited",
                   "the softmax cache of %s holds %lld tokens instead of %lld: more does not fit in "
@@ -239,7 +239,8 @@ static enum err size_slots(struct opening *o) {
             o->msg, o->msg_len, ERR_ARG,
             "%s has learned positions up to %lld: a max sequence length of %lld is past them",
             options->path, (long long)m->config.context, (long long)options->max_seq_len);
-    if (a->kind == ATTENTION_SOFTMAX || m->config.architecture == BASE_GPT2)
+    bool grows = a->kind == ATTENTION_SOFTMAX || m->info.softmax_layers;
+    if (grows || m->config.architecture == BASE_GPT2)
         m->info.max_seq_len = options->max_seq_len ? options->max_seq_len : m->config.context;
     else
         m->info.max_seq_len = options->max_seq_len;
@@ -248,8 +249,9 @@ static enum err size_slots(struct opening *o) {
     char reason[300] = "";
     enum err e = attention_config_check(a, reason, sizeof reason);
     if (e) return err_set(o->msg, o->msg_len, e, "%s: %s", options->path, reason);
-    e = a->kind == ATTENTION_SOFTMAX ? fit_context(o) : new_attention(o);
+    e = grows ? fit_context(o) : new_attention(o);
     if (e) return e;
+    if (a->kind == ATTENTION_SOFTMAX) a->max_seq_len = m->info.max_seq_len;
     return o->gpu ? OK : count_slots(o, available);
 }
 
@@ -261,7 +263,7 @@ static enum err move_to_gpu(struct opening *o) {
         .gpu = o->gpu,
         .base = &m->config,
         .weights = m->weights,
-        .twin = m->attention,
+        .twin = attentions_first(m->attention),
         .n_slots = o->options->n_slots,
         .memory_budget = o->options->memory_budget,
         .max_rows = m->max_rows,
@@ -367,7 +369,7 @@ static void fill_info(struct opening *o) {
     if (m->converted) i->weight_bytes += (size_t)m->converted->n_map_params * sizeof(float);
     i->n_params = base_n_params(o->base) + (m->converted ? m->converted->n_map_params : 0);
     i->slot_bytes = m->slot_stride;
-    i->state_bytes = attention_state_bytes(m->attention, i->max_seq_len);
+    i->state_bytes = attentions_state_bytes(m->attention, i->max_seq_len);
     i->base_path = m->base_path;
     i->base_sha256 = m->base_path && *m->base_sha256 ? m->base_sha256 : NULL;
 }
@@ -388,6 +390,21 @@ static enum err check_options(const struct model_options *o, char *msg, size_t m
             return err_set(msg, msg_len, ERR_ARG, "%s is %lld, not %lld to %lld", bounds[i].name,
                            (long long)bounds[i].value, (long long)bounds[i].least,
                            (long long)bounds[i].most);
+    return OK;
+}
+
+/* A GPU knows one kind of attention a model. */
+static enum err check_device(struct opening *o) {
+    struct model *m = o->m;
+    if (!o->gpu || !m->info.softmax_layers) return OK;
+    if (o->options->device == DEVICE_CUDA)
+        return err_set(o->msg, o->msg_len, ERR_ARG,
+                       "%s keeps softmax attention in some layers, which a GPU cannot do yet: run "
+                       "it with --device cpu",
+                       o->options->path);
+    gpu_model_device_close(o->gpu);
+    o->gpu = NULL;
+    m->info.device = "cpu";
     return OK;
 }
 
@@ -427,6 +444,11 @@ static enum err open_model(struct opening *o) {
                                                       .n_heads = m->config.n_heads,
                                                       .n_kv_heads = m->config.n_kv_heads,
                                                       .head_dim = m->config.head_dim};
+    if (m->converted && m->converted->n_softmax_layers) {
+        m->info.softmax_layers = m->converted->softmax_layers;
+        m->info.n_softmax_layers = m->converted->n_softmax_layers;
+    }
+    if ((e = check_device(o))) return e;
     m->info.attention.kv_type = options->kv_type;
     if ((e = override_attention(o, &m->info.attention))) return e;
     if (m->config.architecture == BASE_LLAMA &&
@@ -475,8 +497,8 @@ enum err model_open(struct model **out, const struct model_options *options, cha
 
 void model_close(struct model *m) {
     if (!m) return;
-    gpu_model_free(m->gpu);       /* borrows the attention */
-    attention_free(m->attention); /* borrows rope and the converted maps */
+    gpu_model_free(m->gpu);        /* borrows the attention */
+    attentions_free(m->attention); /* borrows rope and the converted maps */
     rope_free(m->rope);
     weights_free(m->weights);
     converted_close(m->converted);
@@ -509,14 +531,14 @@ const struct chat *model_chat(const struct model *m) {
 static void *slot_at(const struct model *m, int slot) {
     void *at = m->slots + (size_t)slot * m->slot_stride;
     if (!m->slot_ready[slot]) {
-        attention_slot_clear(m->attention, at);
+        attentions_slot_clear(m->attention, at);
         m->slot_ready[slot] = true;
     }
     return at;
 }
 
 struct attention *model_attention(struct model *m) {
-    return m->attention;
+    return attentions_first(m->attention);
 }
 const struct rope *model_rope(const struct model *m) {
     return m->rope;
@@ -538,29 +560,29 @@ void model_slot_copy(struct model *m, int dst, int src) {
         gpu_model_slot_copy(m->gpu, dst, src);
         return;
     }
-    attention_slot_copy(m->attention, m->slots + (size_t)dst * m->slot_stride, slot_at(m, src));
+    attentions_slot_copy(m->attention, m->slots + (size_t)dst * m->slot_stride, slot_at(m, src));
     m->slot_ready[dst] = true;
 }
 
 int64_t model_slot_position(const struct model *m, int slot) {
     if (m->gpu) return gpu_model_slot_position(m->gpu, slot);
-    return m->slot_ready[slot] ? attention_slot_position(m->attention, slot_at(m, slot)) : 0;
+    return m->slot_ready[slot] ? attentions_slot_position(m->attention, slot_at(m, slot)) : 0;
 }
 
 size_t model_slot_state_bytes(const struct model *m, int slot) {
-    return attention_state_bytes(m->attention, model_slot_position(m, slot));
+    return attentions_state_bytes(m->attention, model_slot_position(m, slot));
 }
 
 enum err model_slot_save(const struct model *m, int slot, void *out) {
     if (m->gpu) return gpu_model_slot_save(m->gpu, slot, out);
-    attention_state_save(m->attention, out, slot_at(m, slot));
+    attentions_state_save(m->attention, out, slot_at(m, slot));
     return OK;
 }
 
 enum err model_slot_load(struct model *m, int slot, const void *state, size_t bytes, char *msg,
                          size_t msg_len) {
     if (m->gpu) return gpu_model_slot_load(m->gpu, slot, state, bytes, msg, msg_len);
-    enum err e = attention_state_load(m->attention, slot_at(m, slot), state, bytes, msg, msg_len);
+    enum err e = attentions_state_load(m->attention, slot_at(m, slot), state, bytes, msg, msg_len);
     if (e) m->slot_ready[slot] = false; /* whatever was half loaded */
     return e;
 }

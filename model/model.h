@@ -42,10 +42,12 @@ struct model_info {
     const char *name;          /* urchin.json's name, else the file's or folder's */
     const char *architecture;  /* "llama", "gpt2" */
     int n_layers, hidden_dim, ffn_dim, vocab_size;
-    struct attention_config attention;
+    struct attention_config attention; /* of the layers that softmax_layers does not name */
+    const bool *softmax_layers; /* [n_layers]: a Hedgehog model's layers that kept softmax; NULL: none */
+    int n_softmax_layers;
     int64_t context;           /* the base's trained context */
     int64_t measured_to;       /* quality.measured_to_tokens, else context: past it quality is not known */
-    int64_t max_seq_len;       /* 0: no limit */
+    int64_t max_seq_len;       /* 0: no limit; softmax in any layer: rows of its cache */
     enum weight_type weights;
     int64_t n_params;
     size_t weight_bytes, slot_bytes, state_bytes; /* state_bytes: a saved sequence (softmax: at max_seq_len) */
@@ -118,7 +120,7 @@ struct model_draws {
 enum err model_step_draw(struct model *m, const struct model_run *runs, int n_runs, const struct model_draws *draws,
                          const struct gpu_drawn **drawn, const float **logits);
 
-/* Evaluation and tests, between steps: see attention.h.  For loading golden cache sets and ablations.  On a GPU model_attention is
+/* Evaluation and tests, between steps: see attention.h; layers are numbered without those that kept softmax.  For loading golden cache sets and ablations.  On a GPU model_attention is
  * the twin that holds configuration and layout, and model_slot is NULL. */
 struct attention *model_attention(struct model *m);
 const struct rope *model_rope(const struct model *m); /* NULL: the architecture has none */

@@ -51,6 +51,13 @@ static cJSON *attention_meta(const struct attention_config *c) {
     return a;
 }
 
+static cJSON *softmax_layers(const struct model_info *i) {
+    cJSON *list = cJSON_CreateArray();
+    for (int layer = 0; layer < i->n_layers; layer++)
+        if (i->softmax_layers[layer]) cJSON_AddItemToArray(list, cJSON_CreateNumber(layer));
+    return list;
+}
+
 cJSON *served_meta(const struct model *model) {
     const struct model_info *i = model_info(model);
     cJSON *m = cJSON_CreateObject();
@@ -72,7 +79,9 @@ cJSON *served_meta(const struct model *model) {
     add_number(m, "slots", i->n_slots);
     add_text(m, "chat_template", chat_family_name(chat_family(model_chat(model))));
     add_text(m, "base_sha256", i->base_sha256);
-    json_add(m, "attention", attention_meta(&i->attention));
+    cJSON *attention = attention_meta(&i->attention);
+    if (i->softmax_layers) json_add(attention, "softmax_layers", softmax_layers(i));
+    json_add(m, "attention", attention);
     return m;
 }
 
@@ -104,7 +113,7 @@ static void print_attention(const struct attention_config *c) {
 static void print_info(const struct model *model) {
     const struct model_info *i = model_info(model);
     char weights[32], slot[32], state[32];
-    bool grows = i->attention.kind == ATTENTION_SOFTMAX;
+    bool grows = i->attention.kind == ATTENTION_SOFTMAX || i->softmax_layers;
     printf("model         %s\n", i->name);
     printf(
         "architecture  %s, %d layers of %d (feed-forward %d), vocabulary %d, %.1f M parameters\n",
@@ -113,6 +122,12 @@ static void print_info(const struct model *model) {
     if (i->base_path)
         printf("base          %s\n              sha256 %s\n", i->base_path, i->base_sha256);
     print_attention(&i->attention);
+    if (i->softmax_layers) {
+        printf("  softmax     in %d of %d layers:", i->n_softmax_layers, i->n_layers);
+        for (int layer = 0; layer < i->n_layers; layer++)
+            if (i->softmax_layers[layer]) printf(" %d", layer);
+        printf("\n");
+    }
     printf("chat format   %s\n", chat_family_name(chat_family(model_chat(model))));
     printf("weights       %s, %s\n", weight_type_name(i->weights),
            size_text(weights, sizeof weights, (double)i->weight_bytes));

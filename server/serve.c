@@ -137,11 +137,15 @@ static void announce(void *arg) {
     bool chat = chat_family(model_chat(served->model)) != CHAT_NONE;
     printf("model     %s: %.1f M parameters as %s, %s attention\n", served->name,
            (double)info->n_params / 1e6, weight_type_name(info->weights),
-           info->attention.kind == ATTENTION_SOFTMAX ? "softmax" : "hedgehog");
+           info->attention.kind == ATTENTION_SOFTMAX ? "softmax"
+           : info->softmax_layers                    ? "hedgehog and softmax"
+                                                     : "hedgehog");
     if (model_draws(served->model)) printf("device    %s\n", info->device);
     printf("slots     %d sequences of %.2f MiB each%s\n", info->n_slots,
            (double)info->slot_bytes / (1 << 20),
-           info->attention.kind == ATTENTION_SOFTMAX ? "" : ", whatever their length");
+           info->attention.kind == ATTENTION_SOFTMAX || info->softmax_layers
+               ? ""
+               : ", whatever their length");
     printf("web       http://%s\n", server->address);
     printf("try       curl -N http://%s/v1/%s -H 'Content-Type: application/json' %s-d '%s'\n",
            server->address, chat ? "chat/completions" : "completions",
