@@ -58,6 +58,7 @@ struct settings {
     const char *lengths; int tries;  /* lengths: settings_list */
     /* convert (see convert/recipe.h); NULL, -1 and 0: the recipe's.  text, seed, memory_mb and what overrides a model's attention too */
     const char *out, *recipe, *name;
+    const char *softmax_layers; /* settings_list; NULL: none */
     const char *map, *key_map, *map_position, *window, *mixing, *loss, *schedule;
     int window_size, sinks, features;
     int steps, accumulate, length, long_length, long_every, rows, long_rows;

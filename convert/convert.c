@@ -297,7 +297,7 @@ static enum err step(struct conversion *c) {
                     (long long)t->step, layer, c->folder, r->lr);
     if (r->mse <= 0) point.error = NAN;
     for (int i = 0; i < t->n_layers; i++)
-        point.norm += t->norms[i] / t->n_layers;
+        point.norm += t->norms[i] / (t->n_layers - r->n_softmax_layers);
     c->run.curve[t->step - 1] = point;
     return check_progress(c);
 }

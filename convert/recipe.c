@@ -2,6 +2,7 @@
 #include "convert/recipe.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 static const char *const map_names[] = {"exp", "softmax2", "joint_softmax", NULL};
@@ -89,6 +90,34 @@ static void set_attention(struct recipe *r, const struct settings *s,
                                                           : MOST_DISTANCE;
 }
 
+static int ascending(const void *a, const void *b) {
+    return *(const int *)a - *(const int *)b;
+}
+
+static enum err set_softmax_layers(struct recipe *r, const char *list,
+                                   const struct base_config *base, char *msg, size_t msg_len) {
+    int64_t layers[MAX_SOFTMAX_LAYERS];
+    int n = list ? settings_list(list, layers, MAX_SOFTMAX_LAYERS) : 0;
+    for (int i = 0; i < n; i++) {
+        if (layers[i] >= base->n_layers)
+            return err_set(msg, msg_len, ERR_ARG,
+                           "--softmax-layers %lld: the base has layers 0 to %d",
+                           (long long)layers[i], base->n_layers - 1);
+        if (!recipe_keeps_softmax(r, (int)layers[i])) /* once each */
+            r->softmax_layers[r->n_softmax_layers++] = (int)layers[i];
+    }
+    qsort(r->softmax_layers, (size_t)r->n_softmax_layers, sizeof *r->softmax_layers, ascending);
+    if (r->n_softmax_layers < base->n_layers) return OK;
+    return err_set(msg, msg_len, ERR_ARG,
+                   "--softmax-layers names all layers, so there is nothing to convert");
+}
+
+bool recipe_keeps_softmax(const struct recipe *r, int layer) {
+    for (int i = 0; i < r->n_softmax_layers; i++)
+        if (r->softmax_layers[i] == layer) return true;
+    return false;
+}
+
 int recipe_least_tokens(const struct attention_config *a) {
     if (a->window == WINDOW_NONE) return 2;
     if (a->window == WINDOW_SLIDING) return a->window_size + a->sinks + 1;
@@ -150,7 +179,8 @@ enum err recipe_from_settings(struct recipe *out, const struct settings *s,
     r.seed = s->seed < 0 ? 0 : s->seed;
     r.join_documents = s->join_documents;
     r.recall = s->recall;
-    enum err e = set_lengths(&r, s, base, msg, msg_len);
+    enum err e = set_softmax_layers(&r, s->softmax_layers, base, msg, msg_len);
+    if (!e) e = set_lengths(&r, s, base, msg, msg_len);
     if (!e) *out = r;
     return e;
 }
@@ -198,6 +228,9 @@ cJSON *recipe_attention_json(const struct recipe *r) {
     else
         cJSON_AddNullToObject(o, "horizon");
     add_text(o, "mixing", mixing_names[a->mixing]);
+    if (r->n_softmax_layers)
+        cJSON_AddItemToObject(o, "softmax_layers",
+                              cJSON_CreateIntArray(r->softmax_layers, r->n_softmax_layers));
     return o;
 }
 

@@ -15,11 +15,15 @@
 #include "model/base.h"
 #include <cjson/cJSON.h>
 
+enum { MAX_SOFTMAX_LAYERS = 64 };
+
 struct recipe {
     const char *name;
     struct attention_config
         attention; /* as the converted model will have it; heads from the base */
     bool rope;     /* the base has RoPE */
+    int softmax_layers[MAX_SOFTMAX_LAYERS]; /* that are not converted, ascending */
+    int n_softmax_layers;
     float ce, mse; /* factors of the loss, see student.h */
     int steps, accumulate;
     int length, long_length, long_every, rows, long_rows;
@@ -40,6 +44,8 @@ enum err recipe_from_settings(struct recipe *out, const struct settings *s,
 /* The rate's factor at a step, 0 .. 1: one-cycle rises from 1/25 over the warm-up and falls to
  * nothing, both along a cosine; constant rises the same and stays. */
 double recipe_rate(const struct recipe *r, int64_t step);
+
+bool recipe_keeps_softmax(const struct recipe *r, int layer);
 
 /* Tokens of a document at which its last row has a linear key: fewer teach nothing. */
 int recipe_least_tokens(const struct attention_config *attention);

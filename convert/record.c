@@ -120,9 +120,12 @@ static enum err write_tensors(const struct run *run, char *msg, size_t msg_len) 
     int n = 3 * t->n_layers, states = a->key_map_per_query_head ? a->n_heads : a->n_kv_heads;
     struct tensor_out *tensors = calloc((size_t)n, sizeof *tensors);
     if (!tensors) return err_set(msg, msg_len, ERR_NOMEM, "out of memory");
+    n = 0;
     for (int i = 0; i < t->n_layers; i++) {
+        if (recipe_keeps_softmax(&run->recipe, i)) continue;
         const float *w = t->w + (size_t)i * t->n_layer_params;
-        struct tensor_out *out = tensors + 3 * i;
+        struct tensor_out *out = tensors + n;
+        n += 3;
         out[0] = (struct tensor_out){
             .n_dims = 3, .dims = {a->n_heads, a->head_dim, a->features}, .values = w};
         out[1] = (struct tensor_out){.n_dims = 3,
@@ -190,7 +193,8 @@ static cJSON *mix_json(const struct run *run) {
             t->w + (size_t)i * t->n_layer_params + student_mix(&run->recipe.attention);
         cJSON *row = cJSON_CreateArray();
         for (int h = 0; h < t->n_heads; h++)
-            cJSON_AddItemToArray(row, number(rounded(mix[h])));
+            cJSON_AddItemToArray(
+                row, number(recipe_keeps_softmax(&run->recipe, i) ? NAN : rounded(mix[h])));
         cJSON_AddItemToArray(layers, row);
     }
     return layers;

@@ -76,6 +76,7 @@ static void work(void *arg, int thread, int n_threads) {
     for (int i; (i = atomic_fetch_add(&job->next, 1)) < t->n_layers * a->n_kv_heads;) {
         int layer = i / a->n_kv_heads, kv_head = i % a->n_kv_heads;
         size_t at = (size_t)layer * t->n_layer_params;
+        if (recipe_keeps_softmax(t->recipe, layer)) continue;
         student_learn(a, job->lesson, layer, kv_head, t->w + at, job->learn ? t->g + at : NULL,
                       &job->loss, !job->learn, t->sums + (size_t)layer * (size_t)t->n_heads,
                       t->scratch[thread]);
@@ -219,5 +220,5 @@ double training_error(const struct training *t, const struct student_sums *sums)
         }
         sum += energy > 0 ? error / energy : 0;
     }
-    return sum / t->n_layers;
+    return sum / (t->n_layers - t->recipe->n_softmax_layers);
 }

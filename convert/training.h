@@ -46,7 +46,7 @@ void training_learn(struct training *t, const struct lesson *lesson);
  * ERR_ARG, nothing changed: a gradient is not finite, *layer says where. */
 enum err training_step(struct training *t, int *layer);
 
-/* Means over layers and heads of what sums hold. */
+/* Means over converted layers and their heads of what sums hold. */
 double training_kl(const struct training *t, const struct student_sums *sums);
 double training_error(const struct training *t, const struct student_sums *sums); /* relative */
 

@@ -4,6 +4,7 @@
 #include "convert/convert.h"
 #include "convert/corpus.h"
 #include "convert/reading.h"
+#include "model/safetensors.h"
 #include "model_files.h"
 
 #include <fcntl.h>
@@ -264,6 +265,40 @@ static void test_every_recipe_converts_every_architecture(void **state) {
             }
 }
 
+/* Layers that keep softmax are the base's, and the others learn what they learn without it. */
+static void test_layers_may_keep_softmax(void **state) {
+    (void)state;
+    CONVERTED(STORIES_CONVERT, "--out", in("all"), "--steps", "3");
+    CONVERTED(STORIES_CONVERT, "--out", in("some"), "--steps", "3", "--softmax-layers", "3,0,3");
+    struct model *m = open_model(in("some"));
+    const struct model_info *i = model_info(m);
+    assert_int_equal(i->n_softmax_layers, 2);
+    assert_true(i->softmax_layers[0] && i->softmax_layers[3]);
+    assert_int_equal(i->max_seq_len, i->context);
+    model_close(m);
+    struct safetensors *a, *b;
+    assert_int_equal(safetensors_open(&a, in("all/hedgehog.safetensors"), said, sizeof said), OK);
+    assert_int_equal(safetensors_open(&b, in("some/hedgehog.safetensors"), said, sizeof said), OK);
+    assert_int_equal(safetensors_count(b), 3 * 3);
+    for (int k = 0; k < safetensors_count(b); k++) {
+        const struct st_tensor *x = safetensors_at(b, k), *y = safetensors_get(a, x->name);
+        assert_int_equal(x->bytes, y->bytes);
+        assert_memory_equal(x->data, y->data, x->bytes);
+    }
+    safetensors_close(a);
+    safetensors_close(b);
+    double all = divergence(in("all")), some = divergence(in("some"));
+    if (!(some < all)) fail_msg("KL of tokens %.4f, with two layers softmax %.4f", all, some);
+    REFUSED("has layers 0 to 4", STORIES_CONVERT, "--out", in("out"), "--softmax-layers", "5");
+    REFUSED("nothing to convert", STORIES_CONVERT, "--out", in("out"), "--softmax-layers",
+            "0,1,2,3,4");
+    convert_interrupt_after(1);
+    CONVERT(STORIES_CONVERT, "--out", in("out"), "--steps", "3", "--softmax-layers", "1,2");
+    convert_interrupt_after(0);
+    REFUSED("softmax_layers", STORIES_CONVERT, "--out", in("out"), "--steps", "3",
+            "--softmax-layers", "1,3");
+}
+
 /* ---- what it learns from ---- */
 static struct corpus *corpus(const char *sources, bool join, struct model *m) {
     struct corpus *c = NULL;
@@ -428,6 +463,7 @@ int main(void) {
         IN_FOLDER(test_any_number_of_threads_makes_the_same_bytes),
         IN_FOLDER(test_an_interrupted_conversion_goes_on_to_the_same_bytes),
         IN_FOLDER(test_every_recipe_converts_every_architecture),
+        IN_FOLDER(test_layers_may_keep_softmax),
         IN_FOLDER(test_packs_hold_whole_pieces_of_single_documents),
         IN_FOLDER(test_what_is_missing_or_malformed_is_named),
         IN_FOLDER(test_another_conversions_checkpoint_is_refused_and_kept),
