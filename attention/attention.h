@@ -116,6 +116,16 @@ void attention_set_linear(struct attention *a, bool on); /* off: exact keys only
  * block b is processed, -1 for none; borrowed until NULL is given.  Blocks past n_blocks choose as usual. */
 void attention_impose_cache(struct attention *a, const int64_t *sets, int n_blocks);
 
+/* Parameters of a layer as attention reads them: the columns of its maps (and biases) are padded with zeros to a multiple of 16. */
+const struct attention_weights *attention_weights_of(const struct attention *a, int layer);
+
+/* Keys that left the exact set by the time the row at this position is answered (those the horizon has faded count whole). */
+int64_t attention_linear_keys(const struct attention *a, int64_t position);
+
+/* What the horizon multiplies S and z by just before the row at this position is answered, after what left the exact set was
+ * folded: 1 for most rows. */
+float attention_forgetting(const struct attention *a, int64_t position);
+
 /* The cache of one layer and kv head as it stands: ascending positions into out [cache_size]; returns how many. */
 int attention_cache_positions(const struct attention *a, const void *slot, int layer, int kv_head,
                               int64_t *out);

@@ -368,6 +368,18 @@ void attention_impose_cache(struct attention *a, const int64_t *sets, int n_bloc
     a->imposed_blocks = n_blocks;
 }
 
+const struct attention_weights *attention_weights_of(const struct attention *a, int layer) {
+    return &a->weights[layer];
+}
+
+int64_t attention_linear_keys(const struct attention *a, int64_t position) {
+    return memory_folded(a, position);
+}
+
+float attention_forgetting(const struct attention *a, int64_t position) {
+    return forgetting(a, memory_folded(a, position - 1), memory_folded(a, position));
+}
+
 int attention_cache_positions(const struct attention *a, const void *slot, int layer, int kv_head,
                               int64_t *out) {
     struct memory m = memory_of(a, slot, layer, kv_head);

@@ -6,6 +6,7 @@
 #include "convert/report.h"
 #include "model/options.h"
 
+#include <assert.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +21,7 @@ struct eval {
     const struct settings *settings;
     struct team *team;
     struct model *against, *model, *uncached; /* owned; uncached: cache_size 0 */
+    struct tasks *tasks;                      /* owned */
     struct reader readers[MAX_READERS];
     int n_readers;
     struct tokens *texts; /* [n_texts], owned */
@@ -54,26 +56,36 @@ static enum err check_list(struct eval *e, const char *flag, const char *list,
     return OK;
 }
 
+static bool wanted(const struct eval *e, const char *test) {
+    return listed(e->settings->tests, test) || listed(e->settings->tests, "all");
+}
+
 /* ---- models ---- */
+
+/* A model's slots: two readers' (with and without the linear branch), and one for copies. */
+enum { WHOLE, EXACT_ONLY, SPARE, N_SLOTS };
 
 static void options_of(struct model_options *o, const struct eval *e) {
     model_options_set(o, e->settings);
     o->max_rows = o->max_logits = READING_ROWS;
-    o->n_slots = 1;
+    o->n_slots = N_SLOTS;
     o->team = e->team;
 }
 
-static void add_reader(struct eval *e, const char *name, struct model *model, int slot,
-                       bool linear) {
-    e->readers[e->n_readers++] =
-        (struct reader){.name = name, .model = model, .slot = slot, .linear = linear};
+static void add_reader(struct eval *e, const char *name, struct model *model, bool linear,
+                       const struct reader *whole) {
+    e->readers[e->n_readers++] = (struct reader){.name = name,
+                                                 .model = model,
+                                                 .slot = linear ? WHOLE : EXACT_ONLY,
+                                                 .spare = SPARE,
+                                                 .linear = linear,
+                                                 .whole = whole};
 }
 
 static enum err open_models(struct eval *e) {
     const struct settings *s = e->settings;
     struct model_options o;
     options_of(&o, e);
-    o.n_slots = 2; /* with and without the linear branch */
     enum err err = model_open(&e->model, &o, e->msg, e->msg_len);
     if (err) return err;
     const struct model_info *info = model_info(e->model);
@@ -95,18 +107,21 @@ static enum err open_models(struct eval *e) {
         if (other->vocab_size != info->vocab_size)
             return FAIL(e, ERR_ARG, "--against %s: its vocabulary has %d tokens, that of %s has %d",
                         s->against, other->vocab_size, info->name, info->vocab_size);
-        add_reader(e, other->name, e->against, 0, true);
+        add_reader(e, other->name, e->against, true, NULL);
     }
-    add_reader(e, info->name, e->model, 0, true);
+    add_reader(e, info->name, e->model, true, NULL);
     if (info->attention.kind != ATTENTION_HEDGEHOG) return OK;
-    if (listed(s->ablate, "linear")) add_reader(e, "exact keys only", e->model, 1, false);
-    if (listed(s->ablate, "cache") && info->attention.cache_size) {
-        options_of(&o, e);
-        o.cache_size = o.cache_recent = 0;
-        err = model_open(&e->uncached, &o, e->msg, e->msg_len);
-        if (err) return err;
-        add_reader(e, "no cache", e->uncached, 0, true);
-    }
+    const struct reader *whole = &e->readers[e->n_readers - 1];
+    bool cache = info->attention.cache_size;
+    if (listed(s->ablate, "linear")) add_reader(e, "exact keys only", e->model, false, whole);
+    if (!cache || !(listed(s->ablate, "cache") || listed(s->ablate, "both"))) return OK;
+    options_of(&o, e);
+    o.cache_size = o.cache_recent = 0;
+    err = model_open(&e->uncached, &o, e->msg, e->msg_len);
+    if (err) return err;
+    if (listed(s->ablate, "cache")) add_reader(e, "no cache", e->uncached, true, whole);
+    if (listed(s->ablate, "both"))
+        add_reader(e, "exact keys only, no cache", e->uncached, false, whole);
     return OK;
 }
 
@@ -164,10 +179,11 @@ static enum err read_tokens(struct eval *e, struct tokens *t) {
 }
 
 static enum err read_texts(struct eval *e) {
-    if (!e->settings->text)
-        return FAIL(e, ERR_ARG, "--text is missing: name at least one text file to measure on");
     const struct tokenizer *tokenizer = model_tokenizer(e->model);
     e->bos = tokenizer_add_bos(tokenizer) ? tokenizer_bos(tokenizer) : -1;
+    if (!e->settings->text && !strcmp(e->settings->tests, "choice")) return OK;
+    if (!e->settings->text)
+        return FAIL(e, ERR_ARG, "--text is missing: name at least one text file to measure on");
     int n = 1;
     for (const char *p = e->settings->text; *p; p++)
         n += *p == ',';
@@ -282,31 +298,138 @@ static enum err test_passkey(struct eval *e) {
     return OK;
 }
 
-static enum err evaluate(struct eval *e) {
-    const char *tests = e->settings->tests;
-    static const char *const known_tests[] = {"perplexity", "stream", "passkey", "all", NULL};
-    static const char *const known_parts[] = {"linear", "cache", "none", NULL};
-    enum err err =
-        check_list(e, "--tests", tests, known_tests, "perplexity, stream, passkey and all");
-    if (!err)
-        err = check_list(e, "--ablate", e->settings->ablate, known_parts, "linear, cache and none");
-    if (!err) err = open_models(e);
-    if (!err) err = read_texts(e);
-    bool all = listed(tests, "all");
-    if (!err && (all || listed(tests, "perplexity"))) err = test_perplexity(e);
-    if (!err && (all || listed(tests, "stream"))) err = test_stream(e);
-    if (!err && (all || listed(tests, "passkey"))) err = test_passkey(e);
-    if (err) return err;
-    e->report.readers = e->readers;
-    e->report.n_readers = e->n_readers;
-    e->report.compare = e->against;
-    e->report.texts = e->settings->text;
+/* Questions are read before anything is measured: a bad line is found at once. */
+static enum err read_tasks(struct eval *e) {
+    const char *file = e->settings->tasks;
+    if (!file && listed(e->settings->tests, "choice"))
+        return FAIL(e, ERR_ARG, "--tests choice needs questions: --tasks FILE.jsonl");
+    return file && wanted(e, "choice") ? tasks_load(&e->tasks, file, e->msg, e->msg_len) : OK;
+}
+
+static enum err test_choice(struct eval *e) {
+    struct report *r = &e->report;
+    log_event(LOG_INFO, "eval", "%d questions of %s", e->tasks->n, e->tasks->file);
+    r->tasks = e->tasks->file;
+    return choice_measure(r->choice, e->readers, e->n_readers, e->tasks, e->bos, e->msg,
+                          e->msg_len);
+}
+
+/* One reader's heads: at most HEAD_WINDOWS windows of --context tokens of each text, and a picture
+ * of the first. */
+static enum err measure_heads(struct eval *e, const struct reader *reader,
+                              struct head_report **out) {
+    enum { HEAD_WINDOWS = 4, HEAD_ROWS = 64, SAMPLE = 768 };
+    const struct model_info *info = model_info(reader->model);
+    size_t n_heads = (size_t)info->n_layers * (size_t)info->attention.n_heads;
+    int64_t context = e->settings->context;
+    if (context > 1 << 20)
+        return FAIL(e, ERR_ARG, "--context %lld: heads read at most %d tokens", (long long)context,
+                    1 << 20);
+    struct head_report *h = *out = calloc(1, sizeof *h);
+    struct heads *heads = NULL;
+    int32_t *ids = malloc((size_t)context * sizeof *ids);
+    static_assert((int)HEAD_ROWS <= (int)PICTURE_CELLS, "room for both");
+    if (h) h->sums = calloc(n_heads, sizeof *h->sums);
+    if (!h || !h->sums || !ids ||
+        heads_new(&heads, reader->model, e->team, (int)context, PICTURE_CELLS)) {
+        free(ids);
+        return FAIL(e, ERR_NOMEM, "out of memory for the heads of %s", reader->name);
+    }
+    h->n_layers = info->n_layers;
+    h->n_heads = info->attention.n_heads;
+    h->n_rows = HEAD_ROWS;
+    h->context = context;
+    enum err err = OK;
+    bool bos = e->bos >= 0;
+    int sample = 0;
+    for (int i = 0; i < e->n_texts && !err; i++) {
+        struct text text = text_of(e, i);
+        for (int64_t k = 0, at = 0; k < HEAD_WINDOWS && !err; k++, at += context - bos) {
+            if (k && at + context - bos > text.n) break;
+            int64_t n = context - bos < text.n - at ? context - bos : text.n - at;
+            ids[0] = e->bos;
+            memcpy(ids + bos, text.ids + at, (size_t)n * sizeof *ids);
+            err = heads_read(heads, reader->slot, ids, (int)n + bos, HEAD_ROWS, false, e->msg,
+                             e->msg_len);
+            h->n_tokens += n + bos;
+        }
+    }
+    if (!err) {
+        struct text text = text_of(e, 0);
+        memcpy(h->sums, heads_sums(heads), n_heads * sizeof *h->sums);
+        h->share = heads_share(heads);
+        h->n_pictures = picture_choose(h->pictures, h->sums, h->n_layers, h->n_heads);
+        ids[0] = e->bos;
+        sample = (int)(context < SAMPLE ? context : SAMPLE);
+        if (sample > text.n + bos) sample = (int)text.n + bos;
+        memcpy(ids + bos, text.ids, (size_t)(sample - bos) * sizeof *ids);
+        if (sample < PICTURE_CELLS)
+            h->n_pictures = 0;
+        else
+            err = picture_take(h->pictures, h->n_pictures, heads, reader->slot, ids, sample, e->msg,
+                               e->msg_len);
+    }
+    heads_free(heads);
+    free(ids);
+    return err;
+}
+
+/* Heads of all readers that have linear keys at work. */
+static enum err test_heads(struct eval *e) {
+    const struct model_info *info = model_info(e->model);
+    bool named = listed(e->settings->tests, "heads");
+    const char *why = info->attention.kind != ATTENTION_HEDGEHOG ? "its attention is softmax"
+                      : !model_slot(e->model, 0)                 ? "it runs on a GPU: --device cpu"
+                                                                 : NULL;
+    if (why && named)
+        return FAIL(e, ERR_ARG, "--tests heads: %s has none to look at, %s", info->name, why);
+    for (int i = 0; !why && i < e->n_readers; i++) {
+        const struct reader *reader = &e->readers[i];
+        if (!reader->linear || model_info(reader->model)->attention.kind != ATTENTION_HEDGEHOG)
+            continue;
+        log_event(LOG_INFO, "eval", "heads of %s", reader->name);
+        enum err err = measure_heads(e, reader, &e->report.heads[i]);
+        if (err) return err;
+    }
+    return OK;
+}
+
+static enum err print_report(struct eval *e) {
     if (!e->settings->json) {
         report_table(stdout, &e->report);
         return OK;
     }
-    err = report_json(stdout, &e->report);
-    return err ? FAIL(e, err, "out of memory for the report") : OK;
+    cJSON *json = report_json(&e->report);
+    char *text = json ? cJSON_Print(json) : NULL;
+    cJSON_Delete(json);
+    if (!text) return FAIL(e, ERR_NOMEM, "out of memory for the report");
+    printf("%s\n", text);
+    cJSON_free(text);
+    return OK;
+}
+
+static enum err evaluate(struct eval *e) {
+    static const char *const known_tests[] = {"perplexity", "stream", "choice", "passkey",
+                                              "heads",      "all",    NULL};
+    static const char *const known_parts[] = {"linear", "cache", "both", "none", NULL};
+    enum err err = check_list(e, "--tests", e->settings->tests, known_tests,
+                              "perplexity, stream, choice, passkey, heads and all");
+    if (!err)
+        err = check_list(e, "--ablate", e->settings->ablate, known_parts,
+                         "linear, cache, both and none");
+    if (!err) err = read_tasks(e);
+    if (!err) err = open_models(e);
+    if (!err) err = read_texts(e);
+    e->report.readers = e->readers;
+    e->report.n_readers = e->n_readers;
+    e->report.compare = e->against;
+    e->report.texts = e->settings->text;
+    if (!err && wanted(e, "perplexity")) err = test_perplexity(e);
+    if (!err && wanted(e, "stream")) err = test_stream(e);
+    if (!err && e->tasks) err = test_choice(e);
+    if (!err && wanted(e, "heads")) err = test_heads(e);
+    if (!err && wanted(e, "passkey")) err = test_passkey(e);
+    return err ? err : print_report(e);
 }
 
 int eval_main(const struct settings *settings, struct team *team) {
@@ -320,6 +443,7 @@ int eval_main(const struct settings *settings, struct team *team) {
         free(e.texts[i].ids);
     }
     free(e.texts);
+    tasks_free(e.tasks);
     model_close(e.uncached);
     model_close(e.against);
     model_close(e.model);

@@ -82,16 +82,19 @@ enum err read_text(struct team *team, struct reader *readers, int n_readers, boo
             continue;
         }
         const float *base = NULL, *logits;
-        struct score scores[READING_ROWS];
+        struct score scores[MAX_READERS][READING_ROWS];
         for (int r = 0; r < n_readers && err == OK; r++) {
             err = predict(&readers[r], text, ids, from, to, &logits, msg, msg_len);
             if (err) break;
-            score_rows(team, scores, logits, r && compare ? base : NULL, (int)(to - from),
+            score_rows(team, scores[r], logits, r && compare ? base : NULL, (int)(to - from),
                        vocab_size, text->ids + from);
             if (r == 0) base = logits;
             for (int64_t t = from; t < to; t++) {
                 int64_t bin = least(t / bin_size, n_bins - 1);
-                score_add(&bins[(size_t)r * (size_t)n_bins + (size_t)bin], &scores[t - from]);
+                struct score *s = &scores[r][t - from];
+                if (readers[r].whole)
+                    score_compare(s, &scores[readers[r].whole - readers][t - from]);
+                score_add(&bins[(size_t)r * (size_t)n_bins + (size_t)bin], s);
             }
         }
     }

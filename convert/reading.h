@@ -17,12 +17,14 @@
 #include "model/model.h"
 
 /* Steps have at most so many rows, all with logits: open the models with at least this. */
-enum { READING_ROWS = 128 };
+enum { READING_ROWS = 128, MAX_READERS = 5 };
 
 struct reader { /* one way of reading: a model, perhaps with something switched off */
     const char *name;
     struct model *model; /* borrowed; readers may share one when their slots differ */
-    int slot;
+    int slot, spare;     /* spare: a slot for copies; choice.h and recall.h use it */
+    const struct reader
+        *whole;              /* what this one lacks a part of, earlier in its array; NULL: none */
     bool linear;             /* false: exact keys only (attention_set_linear) */
     int64_t context, stride; /* tokens; stride 0: no window */
     int64_t start, next;     /* the reading's own: context's first token, next token to read */
@@ -34,7 +36,8 @@ struct text {
     int32_t bos; /* -1: none */
 };
 
-/* The block that token t is scored in: tokens first .. last - 1, with a context from token start. */
+/* The block that token t is scored in: tokens first .. last - 1, with a context from token start.
+ */
 struct window {
     int64_t start, first, last;
 };
@@ -45,9 +48,9 @@ struct window window_of(int64_t t, int64_t n, int64_t context, int64_t stride, b
 enum err reader_feed(struct reader *r, const int32_t *ids, int64_t n, int n_logits,
                      const float **logits, char *msg, size_t msg_len);
 
-/* Reads text with all readers in step.  readers[0] is what the others are compared against when
- * compare is set (all have one vocabulary; its model is no other reader's).  bins
- * [n_readers][n_bins]: token t is added to bin t / bin_size. */
+/* Reads text with all readers (MAX_READERS at most) in step.  readers[0] is what the others are
+ * compared against when compare is set (all have one vocabulary; its model is no other reader's).
+ * bins [n_readers][n_bins]: token t is added to bin t / bin_size. */
 enum err read_text(struct team *team, struct reader *readers, int n_readers, bool compare,
                    const struct text *text, int64_t bin_size, struct score *bins, int n_bins,
                    char *msg, size_t msg_len);

@@ -1,26 +1,24 @@
-/* report.c - evaluation results as tables for people and JSON for scripts. */
+/* report.c - evaluation results as tables for people. */
 #include "convert/report.h"
 
-#include <cjson/cJSON.h>
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 void report_free(struct report *r) {
     if (!r) return;
     for (int i = 0; i < r->n_streams; i++)
         free(r->streams[i].bins);
     free(r->streams);
-}
-
-static const char *kv_name(const struct model_info *info) {
-    return info->attention.kv_type == KV_FP32 ? "fp32" : "bf16";
+    for (int i = 0; i < MAX_READERS; i++) {
+        if (r->heads[i]) free(r->heads[i]->sums);
+        free(r->heads[i]);
+    }
 }
 
 static bool is_base(const struct report *r, int reader) {
     return r->compare && reader == 0;
 }
-
-/* ---- tables ---- */
 
 static void print_name(FILE *out, const struct report *r, int reader) {
     fprintf(out, "  %-34.34s", r->readers[reader].name);
@@ -42,6 +40,8 @@ static void table_perplexity(FILE *out, const struct report *r) {
             fprintf(out, " %10.5f %9.2f%%", score_mean_kl(s), 100 * score_agreement(s));
         fputc('\n', out);
     }
+    char verdict[256];
+    if (report_verdict(r, verdict, sizeof verdict)) fprintf(out, "  %s\n", verdict);
 }
 
 static void table_stream(FILE *out, const struct report *r, const struct stream *s) {
@@ -65,6 +65,78 @@ static void table_stream(FILE *out, const struct report *r, const struct stream 
     }
 }
 
+static void table_choice(FILE *out, const struct report *r) {
+    fprintf(out, "\nmultiple choice: %d questions of %s\n  %-34s %8s %8s %8s %8s\n", r->choice[0].n,
+            r->tasks, "", "acc", "+-", "acc_norm", "+-");
+    for (int i = 0; i < r->n_readers; i++) {
+        const struct choice_sums *s = &r->choice[i];
+        print_name(out, r, i);
+        fprintf(out, " %8.4f %8.4f %8.4f %8.4f\n", choice_accuracy(s->n, s->right),
+                choice_error(s->n, s->right), choice_accuracy(s->n, s->right_norm),
+                choice_error(s->n, s->right_norm));
+    }
+}
+
+/* ---- heads ---- */
+
+/* Means over some heads; those of error are of sums over sums. */
+static struct head_sums sum_of(const struct head_sums *s, int n) {
+    struct head_sums sum = {0};
+    for (int i = 0; i < n; i++) {
+        sum.n_rows += s[i].n_rows;
+        sum.kl += s[i].kl;
+        sum.entropy += s[i].entropy;
+        sum.entropy_own += s[i].entropy_own;
+        sum.error += s[i].error;
+        sum.error_exact += s[i].error_exact;
+        sum.energy += s[i].energy;
+        sum.rank += s[i].rank;
+        sum.n_rank += s[i].n_rank;
+        for (int c = 0; c < N_KEY_CLASSES; c++) {
+            sum.softmax[c] += s[i].softmax[c];
+            sum.own[c] += s[i].own[c];
+        }
+    }
+    return sum;
+}
+
+static void line_of_heads(FILE *out, const struct head_sums *s) {
+    fprintf(out, " %7.4f %7.4f %7.4f %6.2f %6.2f", s->kl / s->n_rows, s->error / s->energy,
+            s->error_exact / s->energy, s->entropy / s->n_rows, s->entropy_own / s->n_rows);
+    if (s->n_rank > 0)
+        fprintf(out, " %6.3f", s->rank / s->n_rank);
+    else
+        fprintf(out, " %6s", "-");
+    for (int c = 0; c < N_KEY_CLASSES; c++)
+        fprintf(out, "  %.2f/%.2f", s->softmax[c] / s->n_rows, s->own[c] / s->n_rows);
+    fputc('\n', out);
+}
+
+static void table_heads(FILE *out, const struct report *r, int reader) {
+    const struct head_report *h = r->heads[reader];
+    fprintf(out,
+            "\nheads of %s: %lld tokens in windows of %lld, %d rows of each that have linear keys\n"
+            "  %-7s %7s %7s %7s %6s %6s %6s  %9s  %9s  %9s  %9s\n"
+            "  %-7s %7s %7s %7s %6s %6s %6s  %9s  %9s  %9s  %9s\n",
+            r->readers[reader].name, (long long)h->n_tokens, (long long)h->context, h->n_rows, "",
+            "KL", "error", "without", "entropy", "", "rank", "mass on", "", "", "", "layer", "", "",
+            "linear", "base", "own", "rho", "sink", "window", "cache", "state");
+    for (int i = 0; i < h->n_layers; i++) {
+        struct head_sums sum = sum_of(h->sums + (size_t)i * (size_t)h->n_heads, h->n_heads);
+        fprintf(out, "  %-7d", i);
+        line_of_heads(out, &sum);
+    }
+    struct head_sums sum = sum_of(h->sums, h->n_layers * h->n_heads);
+    fprintf(out, "  %-7s", "all");
+    line_of_heads(out, &sum);
+    fprintf(out,
+            "  (softmax's mass / the model's; KL of all rows, those without linear keys as 0: "
+            "%.4f)\n",
+            h->share * sum.kl / sum.n_rows);
+}
+
+/* ---- recall ---- */
+
 static void table_passkey(FILE *out, const struct report *r) {
     fprintf(out, "\npasskey: digits right, %d tries at each length\n  %-34s", r->tries, "");
     for (int l = 0; l < r->n_lengths; l++)
@@ -81,93 +153,47 @@ static void table_passkey(FILE *out, const struct report *r) {
     }
 }
 
+/* ---- all ---- */
+
+bool report_verdict(const struct report *r, char *out, size_t len) {
+    for (int i = 0; r->has_perplexity && i < r->n_readers; i++) {
+        const struct reader *reader = &r->readers[i];
+        if (reader->linear || !reader->whole || reader->whole->model != reader->model) continue;
+        const struct score *s = &r->perplexity[i];
+        double off = score_mean_off(s), error = score_off_error(s);
+        if (!attention_linear_keys(model_attention(reader->model), r->context - 1)) {
+            snprintf(out, len,
+                     "No key is linear in %lld tokens of %s, so this says nothing about its linear "
+                     "branch: take a longer --context.",
+                     (long long)r->context, reader->whole->name);
+            return true;
+        }
+        if (!(fabs(off) <= 2 * error)) return false;
+        snprintf(out, len,
+                 "The linear branch of %s is dead: without it the loss changes by %.5f nats a "
+                 "token, less than twice the standard error %.5f of that difference.",
+                 reader->whole->name, off, error);
+        return true;
+    }
+    return false;
+}
+
 void report_table(FILE *out, const struct report *r) {
     for (int i = 0; i < r->n_readers; i++) {
         if (i && r->readers[i].model == r->readers[i - 1].model) continue;
         const struct model_info *info = model_info(r->readers[i].model);
         fprintf(out, "%s: %s, weights %s, exact keys %s, cache %d%s\n", r->readers[i].name,
                 info->attention.kind == ATTENTION_SOFTMAX ? "softmax" : "hedgehog",
-                weight_type_name(info->weights), kv_name(info), info->attention.cache_size,
+                weight_type_name(info->weights),
+                info->attention.kv_type == KV_FP32 ? "fp32" : "bf16", info->attention.cache_size,
                 is_base(r, i) ? " (the others are compared with it)" : "");
     }
-    fprintf(out, "text: %s\n", r->texts);
+    if (r->texts) fprintf(out, "text: %s\n", r->texts);
     if (r->has_perplexity) table_perplexity(out, r);
     for (int i = 0; i < r->n_streams; i++)
         table_stream(out, r, &r->streams[i]);
-    if (r->n_lengths) table_passkey(out, r);
-}
-
-/* ---- JSON ---- */
-
-static void json_score(cJSON *o, const struct report *r, int reader, const struct score *s) {
-    cJSON_AddNumberToObject(o, "tokens_scored", (double)s->n);
-    cJSON_AddNumberToObject(o, "perplexity", score_perplexity(s));
-    cJSON_AddNumberToObject(o, "nll", score_mean_nll(s));
-    if (!r->compare || reader == 0) return;
-    cJSON_AddNumberToObject(o, "kl", score_mean_kl(s));
-    cJSON_AddNumberToObject(o, "agreement", score_agreement(s));
-}
-
-static cJSON *json_reader(const struct report *r, int i) {
-    const struct model_info *info = model_info(r->readers[i].model);
-    cJSON *o = cJSON_CreateObject();
-    cJSON_AddStringToObject(o, "name", r->readers[i].name);
-    cJSON_AddStringToObject(o, "model", info->name);
-    cJSON_AddBoolToObject(o, "compared_against", is_base(r, i));
-    cJSON_AddStringToObject(o, "attention",
-                            info->attention.kind == ATTENTION_SOFTMAX ? "softmax" : "hedgehog");
-    cJSON_AddBoolToObject(o, "linear", r->readers[i].linear);
-    cJSON_AddNumberToObject(o, "cache_size", info->attention.cache_size);
-    cJSON_AddStringToObject(o, "weights", weight_type_name(info->weights));
-    cJSON_AddStringToObject(o, "kv_type", kv_name(info));
-    if (r->has_perplexity) {
-        cJSON *p = cJSON_AddObjectToObject(o, "perplexity");
-        cJSON_AddNumberToObject(p, "context", (double)r->context);
-        cJSON_AddNumberToObject(p, "stride", (double)r->stride);
-        cJSON_AddNumberToObject(p, "tokens", (double)r->n_tokens);
-        json_score(p, r, i, &r->perplexity[i]);
-    }
-    if (r->n_streams) {
-        cJSON *streams = cJSON_AddArrayToObject(o, "stream");
-        for (int j = 0; j < r->n_streams; j++) {
-            const struct stream *s = &r->streams[j];
-            cJSON *one = cJSON_CreateObject();
-            cJSON_AddItemToArray(streams, one);
-            cJSON_AddStringToObject(one, "text", s->file);
-            cJSON_AddNumberToObject(one, "context", (double)r->readers[i].context);
-            cJSON_AddNumberToObject(one, "stride", (double)r->readers[i].stride);
-            cJSON *bins = cJSON_AddArrayToObject(one, "bins");
-            for (int b = 0; b < s->n_bins; b++) {
-                cJSON *bin = cJSON_CreateObject();
-                cJSON_AddItemToArray(bins, bin);
-                cJSON_AddNumberToObject(bin, "from", (double)(b * s->bin_size));
-                json_score(bin, r, i, &s->bins[(size_t)i * (size_t)s->n_bins + (size_t)b]);
-            }
-        }
-    }
-    if (r->n_lengths) {
-        cJSON *lengths = cJSON_AddArrayToObject(o, "passkey");
-        for (int l = 0; l < r->n_lengths; l++) {
-            cJSON *one = cJSON_CreateObject();
-            cJSON_AddItemToArray(lengths, one);
-            cJSON_AddNumberToObject(one, "tokens", (double)r->lengths[l]);
-            cJSON_AddNumberToObject(one, "tries", r->tries);
-            cJSON_AddNumberToObject(one, "digits_right", r->passkey[i][l]);
-        }
-    }
-    return o;
-}
-
-enum err report_json(FILE *out, const struct report *r) {
-    cJSON *root = cJSON_CreateObject();
-    cJSON_AddStringToObject(root, "texts", r->texts);
-    cJSON *readers = cJSON_AddArrayToObject(root, "readers");
+    if (r->tasks) table_choice(out, r);
     for (int i = 0; i < r->n_readers; i++)
-        cJSON_AddItemToArray(readers, json_reader(r, i));
-    char *text = cJSON_Print(root);
-    cJSON_Delete(root);
-    if (!text) return ERR_NOMEM;
-    fprintf(out, "%s\n", text);
-    cJSON_free(text);
-    return OK;
+        if (r->heads[i]) table_heads(out, r, i);
+    if (r->n_lengths) table_passkey(out, r);
 }

@@ -1,11 +1,25 @@
-/* report.h - what `urchin eval` found out, and its two printed forms. */
+/* report.h - what `urchin eval` found out: as tables for people and as one JSON document, which
+ * page.h makes a page of. */
 #ifndef URCHIN_CONVERT_REPORT_H
 #define URCHIN_CONVERT_REPORT_H
 
+#include "convert/choice.h"
+#include "convert/heads.h"
+#include "convert/picture.h"
 #include "convert/reading.h"
+#include <cjson/cJSON.h>
 #include <stdio.h>
 
-enum { MAX_READERS = 4, MAX_LENGTHS = 64 };
+enum { MAX_LENGTHS = 64 };
+
+struct head_report {               /* one reader's heads; owned */
+    struct head_sums *sums;        /* [n_layers][n_heads] */
+    int n_layers, n_heads, n_rows; /* rows of a window */
+    int64_t context, n_tokens;
+    double share;
+    struct picture pictures[MAX_PICTURES];
+    int n_pictures;
+};
 
 struct stream {       /* one text read as one sequence, by position */
     const char *file; /* borrowed */
@@ -28,6 +42,11 @@ struct report {
     int n_streams;
     int64_t stream_context, stream_stride; /* of readers with a limit; 0: none has */
 
+    struct choice_sums choice[MAX_READERS];
+    const char *tasks; /* the file; NULL: no choice test */
+
+    struct head_report *heads[MAX_READERS]; /* owned; NULL: not measured */
+
     int n_lengths, tries; /* 0 lengths: no passkey test */
     int64_t lengths[MAX_LENGTHS];
     double passkey[MAX_READERS]
@@ -36,8 +55,15 @@ struct report {
 
 void report_free(struct report *r); /* what it owns; NULL is fine */
 void report_table(FILE *out, const struct report *r);
-enum err
-report_json(FILE *out,
-            const struct report *r); /* one object and a line end; NaN becomes null.  ERR_NOMEM */
+
+cJSON *head_report_json(const struct head_report *h);
+
+/* One object; NaN becomes null.  NULL: out of memory.  The caller's. */
+cJSON *report_json(const struct report *r);
+
+/* What an ablation of the linear branch says about it, one sentence into out; false: nothing to
+ * say.  A branch is dead when the loss without it differs by less than two standard errors of the
+ * difference. */
+bool report_verdict(const struct report *r, char *out, size_t len);
 
 #endif

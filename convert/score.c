@@ -10,6 +10,8 @@ void score_add(struct score *sum, const struct score *part) {
     sum->nll += part->nll;
     sum->kl += part->kl;
     sum->n_agree += part->n_agree;
+    sum->off += part->off;
+    sum->off2 += part->off2;
 }
 
 double score_mean_nll(const struct score *s) {
@@ -23,6 +25,20 @@ double score_mean_kl(const struct score *s) {
 }
 double score_agreement(const struct score *s) {
     return s->n ? (double)s->n_agree / (double)s->n : NAN;
+}
+
+void score_compare(struct score *ablated, const struct score *whole) {
+    ablated->off = ablated->nll - whole->nll;
+    ablated->off2 = ablated->off * ablated->off;
+}
+double score_mean_off(const struct score *s) {
+    return s->n ? s->off / (double)s->n : NAN;
+}
+double score_off_error(const struct score *s) {
+    double n = (double)s->n, mean = score_mean_off(s);
+    if (s->n < 2) return NAN;
+    double variance = (s->off2 / n - mean * mean) * n / (n - 1);
+    return sqrt((variance > 0 ? variance : 0) / n);
 }
 
 struct row { /* a row of logits: its most likely token and log of the sum of exponentials */

@@ -15,10 +15,11 @@
 
 /* Sums over scored tokens; add with score_add, read with the functions below. */
 struct score {
-    int64_t n;       /* tokens scored */
-    double nll;      /* sum, nats */
-    double kl;       /* sum, nats; 0 where nothing is compared */
-    int64_t n_agree; /* rows whose most likely token is the other model's */
+    int64_t n;        /* tokens scored */
+    double nll;       /* sum, nats */
+    double kl;        /* sum, nats; 0 where nothing is compared */
+    int64_t n_agree;  /* rows whose most likely token is the other model's */
+    double off, off2; /* of an ablation: sums of nll less the whole model's, and of its square */
 };
 
 void score_add(struct score *sum, const struct score *part);
@@ -26,6 +27,11 @@ double score_perplexity(const struct score *s); /* exp of the mean nll; NaN for 
 double score_mean_nll(const struct score *s);
 double score_mean_kl(const struct score *s);
 double score_agreement(const struct score *s); /* share of rows, 0 .. 1 */
+
+/* Of one token's score, beside the whole model's of the same token. */
+void score_compare(struct score *ablated, const struct score *whole);
+double score_mean_off(const struct score *s);  /* nats */
+double score_off_error(const struct score *s); /* its standard error, tokens taken as independent */
 
 /* One row: logits and against [vocab_size], against NULL: kl and n_agree stay 0. */
 struct score score_row(const float *logits, const float *against, int vocab_size, int32_t target);

@@ -5,6 +5,7 @@
 #include "convert/eval.h"
 #include "convert/passkey.h"
 #include "convert/reading.h"
+#include "convert/report.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -416,7 +417,7 @@ static int run_eval(char **flags, int n_flags, int out_fd, char *text, size_t ro
 
 static void test_the_report_holds_all_tests_of_all_readers(void **state) {
     (void)state;
-    static char text[1 << 16];
+    static char text[1 << 20];
     char *flags[] = {"eval",      MODEL,       "--text",
                      TEXT,        "--against", "tests/data/models/stories260k",
                      "--weights", "fp32",      "--against-weights",
@@ -429,7 +430,7 @@ static void test_the_report_holds_all_tests_of_all_readers(void **state) {
     char msg[256];
     if (json_parse(&root, text, strlen(text), "report", msg, sizeof msg)) fail_msg("%s", msg);
     const struct json *readers = json_get(root, "readers");
-    assert_int_equal(json_size(readers), 4);
+    assert_int_equal(json_size(readers), 5);
     int i = 0;
     double exact = 0, whole = 0;
     for (const struct json *r = json_child(readers); r; r = json_next(r), i++) {
@@ -448,11 +449,63 @@ static void test_the_report_holds_all_tests_of_all_readers(void **state) {
         assert_int_equal(isnan(share), i == 0); /* the softmax base ends at 512 */
         int cache_size = (int)json_number(json_get(r, "cache_size"), -1);
         assert_int_equal(cache_size, i == 1 || i == 2 ? 16 : 0); /* base and "no cache" have none */
+        assert_int_equal(json_get(r, "heads") != NULL,
+                         i == 1 || i == 3); /* who has a linear branch at work */
+        assert_int_equal(json_bool(json_get(r, "ablation"), false), i > 1);
+        if (i == 4)
+            assert_true(json_number(json_get(p, "nll_less_whole"), 0) >
+                        json_number(json_get(json_get(json_next(json_next(json_child(readers))),
+                                                      "perplexity"),
+                                             "nll_less_whole"),
+                                    9)); /* both cost more than one */
         if (i == 1) whole = perplexity;
         if (i == 2) exact = perplexity;
     }
     assert_true(whole < exact); /* the linear branch is worth something */
     json_free(root);
+}
+
+/* c_h of -60 and the linear branch off are one: the sentence must come, and not for the model as it
+ * is. */
+static void test_a_dead_linear_branch_is_told(void **state) {
+    (void)state;
+    struct model *m = open_model(2, -1);
+    struct reader readers[2] = {
+        {.name = "whole", .model = m, .linear = true},
+        {.name = "exact", .model = m, .slot = 1, .linear = false, .whole = readers}};
+    struct report r = {.readers = readers, .n_readers = 2, .has_perplexity = true, .context = 512};
+    struct text text = {text_ids(m, 1200), 1200, 1};
+    char msg[256], verdict[256];
+    for (int i = 0; i < 2; i++)
+        readers[i].context = readers[i].stride = 200;
+    assert_int_equal(
+        read_text(team, readers, 2, false, &text, 1200, r.perplexity, 1, msg, sizeof msg), OK);
+    assert_false(report_verdict(&r, verdict, sizeof verdict));
+    double off = score_mean_off(&r.perplexity[1]);
+    assert_true(off > 2 * score_off_error(&r.perplexity[1]));
+    assert_true(fabs(off - (score_mean_nll(&r.perplexity[1]) - score_mean_nll(&r.perplexity[0]))) <
+                1e-9);
+    r.perplexity[1].off /= 1000; /* as if it had cost next to nothing */
+    assert_true(report_verdict(&r, verdict, sizeof verdict));
+    assert_non_null(strstr(verdict, "The linear branch of whole is dead"));
+    r.context = 64; /* a window of 32: block 2 begins at 64 */
+    assert_true(report_verdict(&r, verdict, sizeof verdict));
+    assert_non_null(strstr(verdict, "No key is linear in 64 tokens"));
+    free((int32_t *)text.ids);
+    model_close(m);
+}
+
+static void test_the_error_of_a_difference_is_that_of_a_mean(void **state) {
+    (void)state;
+    struct score sum = {0};
+    const double off[] = {1, 2, 3, 6};
+    for (int i = 0; i < 4; i++) {
+        struct score whole = {.n = 1, .nll = 5}, one = {.n = 1, .nll = 5 + off[i]};
+        score_compare(&one, &whole);
+        score_add(&sum, &one);
+    }
+    assert_true(fabs(score_mean_off(&sum) - 3) < 1e-12);
+    assert_true(fabs(score_off_error(&sum) - sqrt(14.0 / 3 / 4)) < 1e-12);
 }
 
 static void test_wrong_requests_earn_one_sentence(void **state) {
@@ -465,6 +518,11 @@ static void test_wrong_requests_earn_one_sentence(void **state) {
         {{"eval", MODEL}, 2, "--text is missing"},
         {{"eval", MODEL, "--text", "/no/such/file"}, 4, "/no/such/file"},
         {{"eval", MODEL, "--text", TEXT, "--tests", "speed"}, 6, "'speed'"},
+        {{"eval", MODEL, "--text", TEXT, "--tests", "choice"}, 6, "--tasks"},
+        {{"eval", MODEL, "--text", TEXT, "--tests", "heads", "--context", "64"}, 8, "exact"},
+        {{"eval", "tests/data/models/stories260k", "--text", TEXT, "--tests", "heads"},
+         6,
+         "its attention is softmax"},
         {{"eval", MODEL, "--text", TEXT, "--ablate", "window"}, 6, "'window'"},
         {{"eval", MODEL, "--text", TEXT, "--against", "base"}, 6, "not an adapter"},
         {{"eval", MODEL, "--text", TEXT, "--against", "tests/data/models/babyllama-105"},
@@ -505,6 +563,8 @@ int main(void) {
         cmocka_unit_test(test_passkey_prompts_have_the_length_asked_for_and_hold_the_key),
         cmocka_unit_test(test_a_digit_is_right_when_it_is_the_most_likely_next_token),
         cmocka_unit_test(test_the_report_holds_all_tests_of_all_readers),
+        cmocka_unit_test(test_a_dead_linear_branch_is_told),
+        cmocka_unit_test(test_the_error_of_a_difference_is_that_of_a_mean),
         cmocka_unit_test(test_wrong_requests_earn_one_sentence),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);

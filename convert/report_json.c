@@ -1,0 +1,172 @@
+/* report_json.c - evaluation results as one JSON document. */
+#include "convert/report.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+static cJSON *number(double x) { /* six digits are enough; what is no number is null */
+    char text[32];
+    if (!isfinite(x)) return cJSON_CreateNull();
+    snprintf(text, sizeof text, "%.6g", x);
+    return cJSON_CreateNumber(strtod(text, NULL));
+}
+static void add(cJSON *o, const char *key, double x) {
+    cJSON_AddItemToObject(o, key, number(x));
+}
+
+static void json_score(cJSON *o, const struct report *r, int reader, const struct score *s) {
+    cJSON_AddNumberToObject(o, "tokens_scored", (double)s->n);
+    cJSON_AddNumberToObject(o, "perplexity", score_perplexity(s));
+    cJSON_AddNumberToObject(o, "nll", score_mean_nll(s));
+    if (r->readers[reader].whole) {
+        add(o, "nll_less_whole", score_mean_off(s));
+        add(o, "standard_error", score_off_error(s));
+    }
+    if (!r->compare || reader == 0) return;
+    cJSON_AddNumberToObject(o, "kl", score_mean_kl(s));
+    cJSON_AddNumberToObject(o, "agreement", score_agreement(s));
+}
+
+static void add_streams(cJSON *o, const struct report *r, int i) {
+    cJSON *streams = cJSON_AddArrayToObject(o, "stream");
+    for (int j = 0; j < r->n_streams; j++) {
+        const struct stream *s = &r->streams[j];
+        cJSON *one = cJSON_CreateObject();
+        cJSON_AddItemToArray(streams, one);
+        cJSON_AddStringToObject(one, "text", s->file);
+        cJSON_AddNumberToObject(one, "context", (double)r->readers[i].context);
+        cJSON_AddNumberToObject(one, "stride", (double)r->readers[i].stride);
+        cJSON *bins = cJSON_AddArrayToObject(one, "bins");
+        for (int b = 0; b < s->n_bins; b++) {
+            cJSON *bin = cJSON_CreateObject();
+            cJSON_AddItemToArray(bins, bin);
+            cJSON_AddNumberToObject(bin, "from", (double)(b * s->bin_size));
+            json_score(bin, r, i, &s->bins[(size_t)i * (size_t)s->n_bins + (size_t)b]);
+        }
+    }
+}
+
+static void add_choice(cJSON *o, const struct choice_sums *s) {
+    cJSON *c = cJSON_AddObjectToObject(o, "choice");
+    cJSON_AddNumberToObject(c, "questions", s->n);
+    add(c, "acc", choice_accuracy(s->n, s->right));
+    add(c, "acc_standard_error", choice_error(s->n, s->right));
+    add(c, "acc_norm", choice_accuracy(s->n, s->right_norm));
+    add(c, "acc_norm_standard_error", choice_error(s->n, s->right_norm));
+}
+
+/* ---- heads ---- */
+enum quantity { KL, ERROR, ERROR_EXACT, ENTROPY, ENTROPY_OWN, RANK, N_QUANTITIES };
+static const char *const quantity_names[] = {
+    "kl",      "attention_error", "attention_error_exact_only",
+    "entropy", "entropy_own",     "rank_correlation"};
+static const char *const class_names[] = {"sink", "window", "cache", "linear"};
+
+static double quantity_of(const struct head_sums *s, int q) {
+    double rows[] = {s->kl, 0, 0, s->entropy, s->entropy_own};
+    if (q == ERROR) return s->energy > 0 ? s->error / s->energy : NAN;
+    if (q == ERROR_EXACT) return s->energy > 0 ? s->error_exact / s->energy : NAN;
+    if (q == RANK) return s->n_rank > 0 ? s->rank / s->n_rank : NAN;
+    return s->n_rows > 0 ? rows[q] / s->n_rows : NAN;
+}
+static double mass_of(const struct head_sums *s, bool own, int c) {
+    return s->n_rows > 0 ? (own ? s->own : s->softmax)[c] / s->n_rows : NAN;
+}
+
+static cJSON *grid(const struct head_report *h, double (*of)(const struct head_sums *, int),
+                   int q) {
+    cJSON *layers = cJSON_CreateArray();
+    for (int i = 0; i < h->n_layers; i++) {
+        cJSON *row = cJSON_CreateArray();
+        for (int k = 0; k < h->n_heads; k++)
+            cJSON_AddItemToArray(row, number(of(&h->sums[i * h->n_heads + k], q)));
+        cJSON_AddItemToArray(layers, row);
+    }
+    return layers;
+}
+static double softmax_mass(const struct head_sums *s, int c) {
+    return mass_of(s, false, c);
+}
+static double own_mass(const struct head_sums *s, int c) {
+    return mass_of(s, true, c);
+}
+
+cJSON *head_report_json(const struct head_report *h) {
+    cJSON *o = cJSON_CreateObject();
+    double rows = 0, kl = 0;
+    for (int i = 0; i < h->n_layers * h->n_heads; i++) {
+        rows += h->sums[i].n_rows;
+        kl += h->sums[i].kl;
+    }
+    cJSON_AddNumberToObject(o, "tokens", (double)h->n_tokens);
+    cJSON_AddNumberToObject(o, "context", (double)h->context);
+    cJSON_AddNumberToObject(o, "rows_of_a_window", h->n_rows);
+    add(o, "kl_of_all_rows", h->share * kl / rows);
+    for (int q = 0; q < N_QUANTITIES; q++)
+        cJSON_AddItemToObject(o, quantity_names[q], grid(h, quantity_of, q));
+    cJSON *softmax = cJSON_AddObjectToObject(o, "softmax_mass"),
+          *own = cJSON_AddObjectToObject(o, "mass");
+    for (int c = 0; c < N_KEY_CLASSES; c++) {
+        cJSON_AddItemToObject(softmax, class_names[c], grid(h, softmax_mass, c));
+        cJSON_AddItemToObject(own, class_names[c], grid(h, own_mass, c));
+    }
+    cJSON *pictures = cJSON_AddArrayToObject(o, "pictures");
+    for (int i = 0; i < h->n_pictures; i++)
+        cJSON_AddItemToArray(pictures, picture_json(&h->pictures[i]));
+    return o;
+}
+
+/* ---- a reader, and all ---- */
+static cJSON *json_reader(const struct report *r, int i) {
+    const struct model_info *info = model_info(r->readers[i].model);
+    cJSON *o = cJSON_CreateObject();
+    cJSON_AddStringToObject(o, "name", r->readers[i].name);
+    cJSON_AddStringToObject(o, "model", info->name);
+    cJSON_AddBoolToObject(o, "compared_against", r->compare && i == 0);
+    cJSON_AddBoolToObject(o, "ablation", r->readers[i].whole != NULL);
+    cJSON_AddStringToObject(o, "attention",
+                            info->attention.kind == ATTENTION_SOFTMAX ? "softmax" : "hedgehog");
+    cJSON_AddBoolToObject(o, "linear", r->readers[i].linear);
+    cJSON_AddNumberToObject(o, "cache_size", info->attention.cache_size);
+    cJSON_AddStringToObject(o, "weights", weight_type_name(info->weights));
+    cJSON_AddStringToObject(o, "kv_type", info->attention.kv_type == KV_FP32 ? "fp32" : "bf16");
+    if (r->has_perplexity) {
+        cJSON *p = cJSON_AddObjectToObject(o, "perplexity");
+        cJSON_AddNumberToObject(p, "context", (double)r->context);
+        cJSON_AddNumberToObject(p, "stride", (double)r->stride);
+        cJSON_AddNumberToObject(p, "tokens", (double)r->n_tokens);
+        json_score(p, r, i, &r->perplexity[i]);
+    }
+    if (r->n_streams) add_streams(o, r, i);
+    if (r->tasks) add_choice(o, &r->choice[i]);
+    if (r->heads[i]) cJSON_AddItemToObject(o, "heads", head_report_json(r->heads[i]));
+    if (r->n_lengths) {
+        cJSON *lengths = cJSON_AddArrayToObject(o, "passkey");
+        for (int l = 0; l < r->n_lengths; l++) {
+            cJSON *one = cJSON_CreateObject();
+            cJSON_AddItemToArray(lengths, one);
+            cJSON_AddNumberToObject(one, "tokens", (double)r->lengths[l]);
+            cJSON_AddNumberToObject(one, "tries", r->tries);
+            cJSON_AddNumberToObject(one, "digits_right", r->passkey[i][l]);
+        }
+    }
+    return o;
+}
+
+cJSON *report_json(const struct report *r) {
+    cJSON *root = cJSON_CreateObject();
+    char verdict[256];
+    cJSON_AddNumberToObject(root, "format", 1);
+    if (r->texts) cJSON_AddStringToObject(root, "texts", r->texts);
+    if (r->tasks) cJSON_AddStringToObject(root, "tasks", r->tasks);
+    if (report_verdict(r, verdict, sizeof verdict))
+        cJSON_AddStringToObject(root, "linear_branch", verdict);
+    cJSON *readers = cJSON_AddArrayToObject(root, "readers");
+    for (int i = 0; i < r->n_readers; i++)
+        cJSON_AddItemToArray(readers, json_reader(r, i));
+    if (!root || !readers) {
+        cJSON_Delete(root);
+        return NULL;
+    }
+    return root;
+}
