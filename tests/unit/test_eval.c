@@ -177,7 +177,7 @@ static struct model *open_model(int n_slots, int cache_size) {
 }
 
 static int32_t *text_ids(const struct model *m, int64_t n) {
-    static char buffer[8192];
+    static char buffer[32768];
     FILE *file = fopen(TEXT, "rb");
     assert_non_null(file);
     size_t len = fread(buffer, 1, sizeof buffer, file), n_ids;
@@ -474,12 +474,12 @@ static void test_a_dead_linear_branch_is_told(void **state) {
         {.name = "whole", .model = m, .linear = true},
         {.name = "exact", .model = m, .slot = 1, .linear = false, .whole = readers}};
     struct report r = {.readers = readers, .n_readers = 2, .has_perplexity = true, .context = 512};
-    struct text text = {text_ids(m, 1200), 1200, 1};
+    struct text text = {text_ids(m, 8000), 8000, 1};
     char msg[256], verdict[256];
     for (int i = 0; i < 2; i++)
-        readers[i].context = readers[i].stride = 200;
+        readers[i].context = 400, readers[i].stride = 399;
     assert_int_equal(
-        read_text(team, readers, 2, false, &text, 1200, r.perplexity, 1, msg, sizeof msg), OK);
+        read_text(team, readers, 2, false, &text, 8000, r.perplexity, 1, msg, sizeof msg), OK);
     assert_false(report_verdict(&r, verdict, sizeof verdict));
     double off = score_mean_off(&r.perplexity[1]);
     assert_true(off > 2 * score_off_error(&r.perplexity[1]));
