@@ -106,6 +106,7 @@ static const struct row rows[] = {
     {"against-kv-type", CHOICE, AT(against_kv_type), EVAL, NULL, 0, 0, 0, "bf16|fp32", "precision of that model's exact keys and values, instead of --kv-type"},
     {"tests", TEXT, AT(tests), EVAL, "all", 0, 0, 0, "NAME[,NAME...]", "what to measure: perplexity, stream, choice, heads, passkey, or all (choice where there are --tasks)"},
     {"tasks", TEXT, AT(tasks), EVAL, NULL, 0, 0, 0, "FILE", "choice: questions, a line of JSON each: {\"question\": \"...\", \"choices\": [\"...\", ...], \"answer\": index}"},
+    {"html", TEXT, AT(html), EVAL, NULL, 0, 0, 0, "FILE.html", "a page of what is measured, with the model's conversion.json in it; FILE.json beside it says the same"},
     {"ablate", TEXT, AT(ablate), EVAL, "linear,cache,both", 0, 0, 0, "PART[,PART]", "parts switched off in turn, measured beside the whole: linear (exact keys only), cache, both (at once), or none"},
     {"tokens", INT64, AT(tokens), EVAL, "0", 0, BIG, 0, "N", "how much of each text to use; 0: all"},
     {"context", INT64, AT(context), EVAL, "1024", 2, 1 << 30, 0, "TOKENS", "perplexity and heads: context of each window"},

@@ -55,6 +55,7 @@ struct settings {
     const char *against_weights, *against_kv_type; /* kv type NULL: as kv_type */
     const char *tests, *ablate;
     const char *tasks;          /* questions, JSONL; NULL: none */
+    const char *html;           /* where the page of results goes, with its JSON beside it; NULL: nowhere */
     int64_t context, stride, bin, tokens; /* stride 0: as the context allows; tokens 0: the whole text */
     const char *lengths; int tries;  /* lengths: settings_list */
     /* convert (see convert/recipe.h); NULL, -1 and 0: the recipe's.  text, seed, memory_mb and what overrides a model's attention too */

@@ -4,6 +4,7 @@
 #include "convert/files.h"
 #include "convert/merge.h"
 #include "convert/run.h"
+#include "convert/show.h"
 #include "convert/teacher.h"
 #include "model/converted.h"
 #include "model/options.h"
@@ -363,6 +364,34 @@ static enum err train(struct conversion *c) {
     return OK;
 }
 
+/* The page: the longest piece of a probe's pack, as the finished model reads it.  The base is given
+ * up for it. */
+static enum err show(struct conversion *c) {
+    const struct recipe *r = &c->run.recipe;
+    struct pack pack;
+    enum err e =
+        corpus_pack(c->corpus, r->seed, PACK_PROBE, 0, r->length, &pack, c->msg, c->msg_len);
+    if (e) return e;
+    int longest = 0;
+    for (int d = 1; d < pack.n_documents; d++)
+        if (pack.first[d + 1] - pack.first[d] > pack.first[longest + 1] - pack.first[longest])
+            longest = d;
+    const int32_t *ids = pack.tokens + pack.first[longest];
+    int n = pack.first[longest + 1] - pack.first[longest];
+    const struct tokenizer *t = model_tokenizer(c->model);
+    bool bos = tokenizer_add_bos(t) && ids[0] == tokenizer_bos(t);
+    struct text sample = {ids + bos, n - bos, bos ? ids[0] : -1};
+    teacher_free(c->teacher);
+    model_close(c->model);
+    c->teacher = NULL;
+    c->model = NULL;
+    e = show_conversion(c->folder, c->settings, c->team, &sample, c->msg, c->msg_len);
+    pack_free(&pack);
+    char why[512];
+    snprintf(why, sizeof why, "%s", c->msg);
+    return e ? FAIL(c, e, "%s; the model in %s is whole, its report is not", why, c->folder) : OK;
+}
+
 static enum err finish(struct conversion *c) {
     struct run *run = &c->run;
     enum err e = probe(c, run->after);
@@ -384,7 +413,7 @@ static enum err finish(struct conversion *c) {
            run->share * training_kl(run->training, run->before),
            run->share * training_kl(run->training, run->after),
            training_error(run->training, run->before), training_error(run->training, run->after));
-    return OK;
+    return show(c);
 }
 
 static enum err convert(struct conversion *c) {

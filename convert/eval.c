@@ -4,9 +4,9 @@
 #include "config/log.h"
 #include "convert/passkey.h"
 #include "convert/report.h"
+#include "convert/sheet.h"
 #include "model/options.h"
 
-#include <assert.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -314,66 +314,6 @@ static enum err test_choice(struct eval *e) {
                           e->msg_len);
 }
 
-/* One reader's heads: at most HEAD_WINDOWS windows of --context tokens of each text, and a picture
- * of the first. */
-static enum err measure_heads(struct eval *e, const struct reader *reader,
-                              struct head_report **out) {
-    enum { HEAD_WINDOWS = 4, HEAD_ROWS = 64, SAMPLE = 768 };
-    const struct model_info *info = model_info(reader->model);
-    size_t n_heads = (size_t)info->n_layers * (size_t)info->attention.n_heads;
-    int64_t context = e->settings->context;
-    if (context > 1 << 20)
-        return FAIL(e, ERR_ARG, "--context %lld: heads read at most %d tokens", (long long)context,
-                    1 << 20);
-    struct head_report *h = *out = calloc(1, sizeof *h);
-    struct heads *heads = NULL;
-    int32_t *ids = malloc((size_t)context * sizeof *ids);
-    static_assert((int)HEAD_ROWS <= (int)PICTURE_CELLS, "room for both");
-    if (h) h->sums = calloc(n_heads, sizeof *h->sums);
-    if (!h || !h->sums || !ids ||
-        heads_new(&heads, reader->model, e->team, (int)context, PICTURE_CELLS)) {
-        free(ids);
-        return FAIL(e, ERR_NOMEM, "out of memory for the heads of %s", reader->name);
-    }
-    h->n_layers = info->n_layers;
-    h->n_heads = info->attention.n_heads;
-    h->n_rows = HEAD_ROWS;
-    h->context = context;
-    enum err err = OK;
-    bool bos = e->bos >= 0;
-    int sample = 0;
-    for (int i = 0; i < e->n_texts && !err; i++) {
-        struct text text = text_of(e, i);
-        for (int64_t k = 0, at = 0; k < HEAD_WINDOWS && !err; k++, at += context - bos) {
-            if (k && at + context - bos > text.n) break;
-            int64_t n = context - bos < text.n - at ? context - bos : text.n - at;
-            ids[0] = e->bos;
-            memcpy(ids + bos, text.ids + at, (size_t)n * sizeof *ids);
-            err = heads_read(heads, reader->slot, ids, (int)n + bos, HEAD_ROWS, false, e->msg,
-                             e->msg_len);
-            h->n_tokens += n + bos;
-        }
-    }
-    if (!err) {
-        struct text text = text_of(e, 0);
-        memcpy(h->sums, heads_sums(heads), n_heads * sizeof *h->sums);
-        h->share = heads_share(heads);
-        h->n_pictures = picture_choose(h->pictures, h->sums, h->n_layers, h->n_heads);
-        ids[0] = e->bos;
-        sample = (int)(context < SAMPLE ? context : SAMPLE);
-        if (sample > text.n + bos) sample = (int)text.n + bos;
-        memcpy(ids + bos, text.ids, (size_t)(sample - bos) * sizeof *ids);
-        if (sample < PICTURE_CELLS)
-            h->n_pictures = 0;
-        else
-            err = picture_take(h->pictures, h->n_pictures, heads, reader->slot, ids, sample, e->msg,
-                               e->msg_len);
-    }
-    heads_free(heads);
-    free(ids);
-    return err;
-}
-
 /* Heads of all readers that have linear keys at work. */
 static enum err test_heads(struct eval *e) {
     const struct model_info *info = model_info(e->model);
@@ -383,29 +323,38 @@ static enum err test_heads(struct eval *e) {
                                                                  : NULL;
     if (why && named)
         return FAIL(e, ERR_ARG, "--tests heads: %s has none to look at, %s", info->name, why);
-    for (int i = 0; !why && i < e->n_readers; i++) {
-        const struct reader *reader = &e->readers[i];
-        if (!reader->linear || model_info(reader->model)->attention.kind != ATTENTION_HEDGEHOG)
-            continue;
-        log_event(LOG_INFO, "eval", "heads of %s", reader->name);
-        enum err err = measure_heads(e, reader, &e->report.heads[i]);
-        if (err) return err;
+    if (why) return OK;
+    struct text *texts = calloc((size_t)e->n_texts, sizeof *texts);
+    enum err err = texts ? OK : FAIL(e, ERR_NOMEM, "out of memory");
+    for (int i = 0; !err && i < e->n_texts; i++)
+        texts[i] = text_of(e, i);
+    for (int i = 0; !err && i < e->n_readers; i++) {
+        const struct reader *r = &e->readers[i];
+        if (!r->linear || model_info(r->model)->attention.kind != ATTENTION_HEDGEHOG) continue;
+        log_event(LOG_INFO, "eval", "heads of %s", r->name);
+        err = head_report_take(&e->report.heads[i], r->model, e->team, r->slot, texts, e->n_texts,
+                               e->settings->context, e->msg, e->msg_len);
     }
-    return OK;
+    free(texts);
+    return err;
 }
 
 static enum err print_report(struct eval *e) {
-    if (!e->settings->json) {
-        report_table(stdout, &e->report);
-        return OK;
-    }
     cJSON *json = report_json(&e->report);
-    char *text = json ? cJSON_Print(json) : NULL;
-    cJSON_Delete(json);
-    if (!text) return FAIL(e, ERR_NOMEM, "out of memory for the report");
-    printf("%s\n", text);
+    char *text = json && e->settings->json ? cJSON_Print(json) : NULL;
+    enum err err = OK;
+    if (!json || (e->settings->json && !text))
+        err = FAIL(e, ERR_NOMEM, "out of memory for the report");
+    if (!err && e->settings->html) {
+        cJSON *document = sheet_document(e->settings->model, json);
+        err = sheet_write(e->settings->html, document, e->msg, e->msg_len);
+        cJSON_Delete(document);
+    }
+    if (!err && text) printf("%s\n", text);
+    if (!err && !text) report_table(stdout, &e->report);
     cJSON_free(text);
-    return OK;
+    cJSON_Delete(json);
+    return err;
 }
 
 static enum err evaluate(struct eval *e) {

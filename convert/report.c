@@ -10,10 +10,8 @@ void report_free(struct report *r) {
     for (int i = 0; i < r->n_streams; i++)
         free(r->streams[i].bins);
     free(r->streams);
-    for (int i = 0; i < MAX_READERS; i++) {
-        if (r->heads[i]) free(r->heads[i]->sums);
-        free(r->heads[i]);
-    }
+    for (int i = 0; i < MAX_READERS; i++)
+        head_report_free(r->heads[i]);
 }
 
 static bool is_base(const struct report *r, int reader) {
@@ -79,27 +77,6 @@ static void table_choice(FILE *out, const struct report *r) {
 
 /* ---- heads ---- */
 
-/* Means over some heads; those of error are of sums over sums. */
-static struct head_sums sum_of(const struct head_sums *s, int n) {
-    struct head_sums sum = {0};
-    for (int i = 0; i < n; i++) {
-        sum.n_rows += s[i].n_rows;
-        sum.kl += s[i].kl;
-        sum.entropy += s[i].entropy;
-        sum.entropy_own += s[i].entropy_own;
-        sum.error += s[i].error;
-        sum.error_exact += s[i].error_exact;
-        sum.energy += s[i].energy;
-        sum.rank += s[i].rank;
-        sum.n_rank += s[i].n_rank;
-        for (int c = 0; c < N_KEY_CLASSES; c++) {
-            sum.softmax[c] += s[i].softmax[c];
-            sum.own[c] += s[i].own[c];
-        }
-    }
-    return sum;
-}
-
 static void line_of_heads(FILE *out, const struct head_sums *s) {
     fprintf(out, " %7.4f %7.4f %7.4f %6.2f %6.2f", s->kl / s->n_rows, s->error / s->energy,
             s->error_exact / s->energy, s->entropy / s->n_rows, s->entropy_own / s->n_rows);
@@ -122,11 +99,11 @@ static void table_heads(FILE *out, const struct report *r, int reader) {
             "KL", "error", "without", "entropy", "", "rank", "mass on", "", "", "", "layer", "", "",
             "linear", "base", "own", "rho", "sink", "window", "cache", "state");
     for (int i = 0; i < h->n_layers; i++) {
-        struct head_sums sum = sum_of(h->sums + (size_t)i * (size_t)h->n_heads, h->n_heads);
+        struct head_sums sum = head_sums_of(h->sums + (size_t)i * (size_t)h->n_heads, h->n_heads);
         fprintf(out, "  %-7d", i);
         line_of_heads(out, &sum);
     }
-    struct head_sums sum = sum_of(h->sums, h->n_layers * h->n_heads);
+    struct head_sums sum = head_sums_of(h->sums, h->n_layers * h->n_heads);
     fprintf(out, "  %-7s", "all");
     line_of_heads(out, &sum);
     fprintf(out,

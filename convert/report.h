@@ -1,25 +1,15 @@
 /* report.h - what `urchin eval` found out: as tables for people and as one JSON document, which
- * page.h makes a page of. */
+ * sheet.h makes a page of. */
 #ifndef URCHIN_CONVERT_REPORT_H
 #define URCHIN_CONVERT_REPORT_H
 
 #include "convert/choice.h"
-#include "convert/heads.h"
-#include "convert/picture.h"
+#include "convert/head_report.h"
 #include "convert/reading.h"
 #include <cjson/cJSON.h>
 #include <stdio.h>
 
 enum { MAX_LENGTHS = 64 };
-
-struct head_report {               /* one reader's heads; owned */
-    struct head_sums *sums;        /* [n_layers][n_heads] */
-    int n_layers, n_heads, n_rows; /* rows of a window */
-    int64_t context, n_tokens;
-    double share;
-    struct picture pictures[MAX_PICTURES];
-    int n_pictures;
-};
 
 struct stream {       /* one text read as one sequence, by position */
     const char *file; /* borrowed */
@@ -55,8 +45,6 @@ struct report {
 
 void report_free(struct report *r); /* what it owns; NULL is fine */
 void report_table(FILE *out, const struct report *r);
-
-cJSON *head_report_json(const struct head_report *h);
 
 /* One object; NaN becomes null.  NULL: out of memory.  The caller's. */
 cJSON *report_json(const struct report *r);

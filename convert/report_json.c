@@ -55,67 +55,6 @@ static void add_choice(cJSON *o, const struct choice_sums *s) {
     add(c, "acc_norm_standard_error", choice_error(s->n, s->right_norm));
 }
 
-/* ---- heads ---- */
-enum quantity { KL, ERROR, ERROR_EXACT, ENTROPY, ENTROPY_OWN, RANK, N_QUANTITIES };
-static const char *const quantity_names[] = {
-    "kl",      "attention_error", "attention_error_exact_only",
-    "entropy", "entropy_own",     "rank_correlation"};
-static const char *const class_names[] = {"sink", "window", "cache", "linear"};
-
-static double quantity_of(const struct head_sums *s, int q) {
-    double rows[] = {s->kl, 0, 0, s->entropy, s->entropy_own};
-    if (q == ERROR) return s->energy > 0 ? s->error / s->energy : NAN;
-    if (q == ERROR_EXACT) return s->energy > 0 ? s->error_exact / s->energy : NAN;
-    if (q == RANK) return s->n_rank > 0 ? s->rank / s->n_rank : NAN;
-    return s->n_rows > 0 ? rows[q] / s->n_rows : NAN;
-}
-static double mass_of(const struct head_sums *s, bool own, int c) {
-    return s->n_rows > 0 ? (own ? s->own : s->softmax)[c] / s->n_rows : NAN;
-}
-
-static cJSON *grid(const struct head_report *h, double (*of)(const struct head_sums *, int),
-                   int q) {
-    cJSON *layers = cJSON_CreateArray();
-    for (int i = 0; i < h->n_layers; i++) {
-        cJSON *row = cJSON_CreateArray();
-        for (int k = 0; k < h->n_heads; k++)
-            cJSON_AddItemToArray(row, number(of(&h->sums[i * h->n_heads + k], q)));
-        cJSON_AddItemToArray(layers, row);
-    }
-    return layers;
-}
-static double softmax_mass(const struct head_sums *s, int c) {
-    return mass_of(s, false, c);
-}
-static double own_mass(const struct head_sums *s, int c) {
-    return mass_of(s, true, c);
-}
-
-cJSON *head_report_json(const struct head_report *h) {
-    cJSON *o = cJSON_CreateObject();
-    double rows = 0, kl = 0;
-    for (int i = 0; i < h->n_layers * h->n_heads; i++) {
-        rows += h->sums[i].n_rows;
-        kl += h->sums[i].kl;
-    }
-    cJSON_AddNumberToObject(o, "tokens", (double)h->n_tokens);
-    cJSON_AddNumberToObject(o, "context", (double)h->context);
-    cJSON_AddNumberToObject(o, "rows_of_a_window", h->n_rows);
-    add(o, "kl_of_all_rows", h->share * kl / rows);
-    for (int q = 0; q < N_QUANTITIES; q++)
-        cJSON_AddItemToObject(o, quantity_names[q], grid(h, quantity_of, q));
-    cJSON *softmax = cJSON_AddObjectToObject(o, "softmax_mass"),
-          *own = cJSON_AddObjectToObject(o, "mass");
-    for (int c = 0; c < N_KEY_CLASSES; c++) {
-        cJSON_AddItemToObject(softmax, class_names[c], grid(h, softmax_mass, c));
-        cJSON_AddItemToObject(own, class_names[c], grid(h, own_mass, c));
-    }
-    cJSON *pictures = cJSON_AddArrayToObject(o, "pictures");
-    for (int i = 0; i < h->n_pictures; i++)
-        cJSON_AddItemToArray(pictures, picture_json(&h->pictures[i]));
-    return o;
-}
-
 /* ---- a reader, and all ---- */
 static cJSON *json_reader(const struct report *r, int i) {
     const struct model_info *info = model_info(r->readers[i].model);

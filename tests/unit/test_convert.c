@@ -163,6 +163,13 @@ static void test_training_brings_the_model_nearer_to_its_base(void **state) {
                 json_number(json_get(a, "attention_error_of_layers"), NAN));
     assert_int_equal(json_size(json_get(curve, "kl")), 150);
     assert_int_equal(json_size(json_get(json_get(b, "heads"), "kl")), 5);
+    const struct json *heads = json_get(record, "heads"); /* as the finished model runs */
+    assert_int_equal(json_size(json_get(heads, "kl")), 5);
+    assert_true(json_size(json_get(heads, "pictures")) > 2);
+    assert_true(json_number(json_get(heads, "kl_of_all_rows"), NAN) < before);
+    struct bytes page = contents(in("trained/conversion.html"));
+    assert_non_null(memmem(page.at, page.len, "Attention on a sample", 21));
+    free(page.at);
     assert_int_equal(json_size(json_child(json_get(json_get(b, "heads"), "kl"))), 8);
     /* the pupil's mass is shared out whole */
     double mass = 0;
