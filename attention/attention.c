@@ -285,6 +285,7 @@ enum err attention_new(struct attention **out, const struct attention_config *co
     if (!a) return ERR_NOMEM;
     a->config = canonical(config, rope != NULL);
     a->n_layers = n_layers;
+    a->places = a->config.cache_size;
     a->rope = rope;
     a->team = team;
     a->kernels = attention_kernels_chosen();

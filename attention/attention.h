@@ -112,6 +112,25 @@ void attention_step_end(struct attention *a);
 /* ---- switches of evaluation and tests; between steps only ---- */
 void attention_set_linear(struct attention *a, bool on); /* off: exact keys only (c_h = -60) */
 
+/* Uses so many places of the cache, cache_recent to cache_size (which it uses at first): a sequence that so reads its text
+ * keeps, folds and forgets as with a cache of that size, and leaves room for attention_state_add. */
+void attention_set_cache_places(struct attention *a, int places);
+
+/* The memory of other sequences, added to that of dst, which goes on where it was:
+ *
+ *   S = s (S_0 + S_1 + ... + S_n)     z = s (z_0 + ... + z_n)     C = C_0, C_1, ... C_n side by side
+ *   s = min(1, horizon / (N_0 + ... + N_n))
+ *
+ * N_i: the keys state i holds.  Cached keys keep the positions they had, ascending, of equals dst's first; so no source may have
+ * read farther than dst.  A source's window and sinks are not added: what should be remembered lies two blocks before its end.
+ * From here on dst counts keys by its own position, as before: exactly, once its own state has reached the horizon.  It is for
+ * asking, not for saving: loading refuses a cache in which a position occurs twice.
+ *
+ * srcs [n] are not dst.  ERR_ARG, nothing changed: not a terraced window, a source is farther than dst, dst's position has no
+ * linear keys, or the places in use (attention_set_cache_places) do not hold all caches.  Cost: reading n + 1 memories.
+ * Source: docs/convert.md; a state knows no positions only with map_before_rope. */
+enum err attention_state_add(const struct attention *a, void *dst, const void *const *srcs, int n);
+
 /* Imposes the cache sets of every sequence: sets [n_layers][n_kv_heads][n_blocks][cache_size], positions in the cache while
  * block b is processed, -1 for none; borrowed until NULL is given.  Blocks past n_blocks choose as usual. */
 void attention_impose_cache(struct attention *a, const int64_t *sets, int n_blocks);

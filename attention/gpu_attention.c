@@ -89,7 +89,7 @@ static struct gpu_shape snapshot_of(const struct gpu_shape *slot) {
 }
 
 size_t gpu_attention_slot_bytes(const struct attention *twin) {
-    return align(twin->layout.scores); /* scores are not kept */
+    return align(twin->layout.chosen); /* the choice is not kept */
 }
 
 /* As many as are wanted, if they are no more than `most` bytes; but at least `least`. */

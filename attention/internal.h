@@ -4,6 +4,7 @@
  *   memory.c     what a sequence remembers: append keys, choose the cache, fold the rest
  *   answer.c     what a row sees of it (kernels.c has the arithmetic)
  *   slot.c       slots: layout, clear, copy, save, load
+ *   add.c        the memory of other sequences added to one
  *
  * Positions decide almost everything: which entries exist, how many keys the state holds, what the
  * horizon does.  Only the choice of the cache is data, and its positions are kept. */
@@ -44,8 +45,8 @@ struct memory {
                    */
     void *values; /* [entries][lanes] */
     int64_t *positions; /* [cache] ascending, then -1 */
-    bool *chosen;        /* [cache + w] which candidates of block *chosen_for stay in the cache */
-    int64_t *chosen_for; /* 0: none */
+    bool *chosen;        /* [cache + w] which candidates stay in the cache */
+    int64_t *chosen_for; /* at which block and by how many places; 0: no choice was made */
 };
 
 struct scratch { /* one thread's */
@@ -97,6 +98,7 @@ struct attention {
     int n_segments;
 
     float linear_off;
+    int places; /* of the cache in use: config.cache_size, or fewer (attention_set_cache_places) */
     const int64_t *imposed;
     int imposed_blocks;
 };
@@ -139,6 +141,12 @@ void memory_append(const struct layer_job *job, const struct segment *segment, i
 bool memory_chooses_in(const struct attention *a, int layer, const struct segment *segment);
 void memory_choose_next(const struct attention *a, int layer, const struct segment *segment,
                        int kv_head, struct scratch *tmp);
+
+/* Entry `from` of one memory becomes entry `to` of another: key, rotated copy, value. */
+void memory_copy_entry(const struct attention *a, struct memory *to_memory, int to,
+                       const struct memory *from_memory, int from);
+/* The copy of an entry that scores becomes its key as it is, which is what a clamped one wants. */
+void memory_clamp_entry(const struct attention *a, struct memory *m, int entry);
 
 /* ---- answer.c ---- */
 /* The entries that the row at this position sees: count of spans, ascending; *growing the one whose

@@ -14,6 +14,7 @@
  * - 1.  Whoever comes to block b without it makes it there, to the same bits. */
 #include "attention/internal.h"
 
+#include <assert.h>
 #include <math.h>
 #include <string.h>
 
@@ -26,7 +27,7 @@ int64_t memory_folded(const struct attention *a, int64_t position) {
     if (c->window == WINDOW_NONE) left = position + 1;
     if (c->window == WINDOW_SLIDING) left = position + 1 - c->window_size - c->sinks;
     if (c->window == WINDOW_TERRACED)
-        left = (position / c->window_size - 1) * c->window_size - c->sinks - c->cache_size;
+        left = (position / c->window_size - 1) * c->window_size - c->sinks - a->places;
     return left > 0 ? left : 0;
 }
 
@@ -84,12 +85,22 @@ static void copy_column(const struct attention *a, void *to_keys, int to, const 
             ((float *)to_keys)[dst + d] = ((const float *)from_keys)[src + d];
 }
 
-static void move_entry(const struct attention *a, struct memory *m, int to, int from) {
-    if (to == from) return;
+void memory_copy_entry(const struct attention *a, struct memory *to_memory, int to,
+                       const struct memory *from_memory, int from) {
     size_t row = (size_t)a->shape.lanes * element_bytes(a);
-    copy_column(a, m->keys, to, m->keys, from);
-    if (m->turned != m->keys) copy_column(a, m->turned, to, m->turned, from);
-    memcpy((char *)m->values + (size_t)to * row, (char *)m->values + (size_t)from * row, row);
+    copy_column(a, to_memory->keys, to, from_memory->keys, from);
+    if (to_memory->turned != to_memory->keys)
+        copy_column(a, to_memory->turned, to, from_memory->turned, from);
+    memcpy((char *)to_memory->values + (size_t)to * row,
+           (const char *)from_memory->values + (size_t)from * row, row);
+}
+
+void memory_clamp_entry(const struct attention *a, struct memory *m, int entry) {
+    copy_column(a, m->turned, entry, m->keys, entry);
+}
+
+static void move_entry(const struct attention *a, struct memory *m, int to, int from) {
+    if (to != from) memory_copy_entry(a, m, to, m, from);
 }
 
 /* Stores a row's key and value; the rotated copy is made from k' as it was rounded. */
@@ -177,6 +188,11 @@ static void self_recall(const struct attention *a, int layer, int kv_head, const
         if (isnan(error[j])) error[j] = INFINITY;
 }
 
+/* What a choice is for: block b, and so many places. */
+static int64_t choice_name(const struct attention *a, int64_t b) {
+    return b * (a->config.cache_size + 1) + a->places;
+}
+
 /* Most places by error alone, so that facts stay however old they are; then some by error and age.
  */
 static void choose(const struct attention *a, int layer, int kv_head, struct memory *m, int64_t b,
@@ -187,11 +203,11 @@ static void choose(const struct attention *a, int layer, int kv_head, struct mem
     memset(m->chosen, 0, (size_t)n * sizeof *m->chosen);
     for (int j = 0; j < n; j++)
         score[j] = tmp->error[j];
-    a->kernels->keep_largest(m->chosen, score, n, c->cache_size - c->cache_recent);
+    a->kernels->keep_largest(m->chosen, score, n, a->places - c->cache_recent);
     for (int j = 0; c->cache_recent && j < n; j++)
         score[j] /= 1 + (start - (double)tmp->position[j]) / c->cache_age;
     if (c->cache_recent) a->kernels->keep_largest(m->chosen, score, n, c->cache_recent);
-    *m->chosen_for = b;
+    *m->chosen_for = choice_name(a, b);
 }
 
 static const int64_t *imposed_set(const struct attention *a, int layer, int kv_head, int64_t b) {
@@ -209,12 +225,13 @@ static bool contains(const int64_t *set, int n, int64_t x) {
 /* Marks what stays in the cache of block b among the n candidates in tmp. */
 static void mark_kept(const struct attention *a, int layer, int kv_head, struct memory *m,
                       int64_t b, int n, struct scratch *tmp) {
-    int size = a->config.cache_size;
+    int size = a->places;
     const int64_t *imposed = imposed_set(a, layer, kv_head, b);
     for (int j = 0; j < n; j++)
-        tmp->keep[j] = n <= size || (imposed && contains(imposed, size, tmp->position[j]));
+        tmp->keep[j] =
+            n <= size || (imposed && contains(imposed, a->config.cache_size, tmp->position[j]));
     if (n <= size || imposed || size == 0) return;
-    if (*m->chosen_for != b) choose(a, layer, kv_head, m, b, n, tmp);
+    if (*m->chosen_for != choice_name(a, b)) choose(a, layer, kv_head, m, b, n, tmp);
     memcpy(tmp->keep, m->chosen, (size_t)n * sizeof *tmp->keep);
 }
 
@@ -339,11 +356,10 @@ struct ahead memory_ahead(const struct attention *a, const struct segment *segme
 
 bool memory_chooses_in(const struct attention *a, int layer, const struct segment *segment) {
     const struct attention_config *c = &a->config;
-    if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED || !c->cache_size)
-        return false;
+    if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED || !a->places) return false;
     int64_t w = c->window_size, next = segment->position / w + 1;
     /* all that ever left the window fit the cache: nothing to choose */
-    if ((next - 1) * w - c->sinks <= c->cache_size || imposed_set(a, layer, 0, next)) return false;
+    if ((next - 1) * w - c->sinks <= a->places || imposed_set(a, layer, 0, next)) return false;
     int64_t row = layer * w / a->n_layers - segment->position % w;
     return row >= 0 && row < segment->n_rows;
 }
@@ -353,7 +369,7 @@ void memory_choose_next(const struct attention *a, int layer, const struct segme
     struct memory m = memory_of(a, a->runs[segment->run].slot, layer, kv_head);
     int64_t next = segment->position / a->config.window_size + 1;
     int n = list_candidates(a, &m, next, tmp);
-    if (n > a->config.cache_size) /* else an imposed set was small */
+    if (n > a->places) /* else an imposed set was small, or places were added */
         choose(a, layer, kv_head, &m, next, n, tmp);
 }
 
@@ -361,6 +377,11 @@ void memory_choose_next(const struct attention *a, int layer, const struct segme
 
 void attention_set_linear(struct attention *a, bool on) {
     a->linear_off = on ? 0 : -60;
+}
+
+void attention_set_cache_places(struct attention *a, int places) {
+    assert(places >= a->config.cache_recent && places <= a->config.cache_size);
+    a->places = places;
 }
 
 void attention_impose_cache(struct attention *a, const int64_t *sets, int n_blocks) {
