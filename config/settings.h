@@ -57,7 +57,7 @@ struct settings {
     const char *tasks;          /* questions, JSONL; NULL: none */
     const char *html;           /* where the page of results goes, with its JSON beside it; NULL: nowhere */
     int64_t context, stride, bin, tokens; /* stride 0: as the context allows; tokens 0: the whole text */
-    const char *lengths; int tries;  /* lengths: settings_list */
+    const char *lengths, *memories; int tries, facts;  /* lists: settings_list */
     /* convert (see convert/recipe.h); NULL, -1 and 0: the recipe's.  text, seed, memory_mb and what overrides a model's attention too */
     const char *out, *recipe, *name;
     const char *softmax_layers; /* settings_list; NULL: none */

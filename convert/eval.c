@@ -266,34 +266,109 @@ static enum err test_stream(struct eval *e) {
     return OK;
 }
 
+static void take_lengths(struct eval *e) {
+    e->report.n_lengths = settings_list(e->settings->lengths, e->report.lengths, MAX_LENGTHS);
+}
+
 static enum err test_passkey(struct eval *e) {
     struct report *r = &e->report;
     struct text filler = text_of(e, 0);
-    r->tries = e->settings->tries;
-    r->n_lengths = settings_list(e->settings->lengths, r->lengths, MAX_LENGTHS);
+    int tries = e->settings->tries;
+    r->has_passkey = true;
     for (int l = 0; l < r->n_lengths; l++) {
         int64_t length = r->lengths[l];
-        int right[MAX_READERS] = {0};
         log_event(LOG_INFO, "eval", "passkey in %lld tokens", (long long)length);
-        for (int i = 0; i < r->tries; i++) {
+        for (int i = 0; i < tries; i++) {
             struct passkey passkey;
-            enum err err = passkey_make(&passkey, model_tokenizer(e->model), &filler, length, i,
-                                        r->tries, e->msg, e->msg_len);
+            enum err err = passkey_make(&passkey, model_tokenizer(e->model), &filler,
+                                        e->settings->seed, length, i, tries, e->msg, e->msg_len);
             if (err) return err;
             for (int j = 0; j < e->n_readers && err == OK; j++) {
                 int64_t limit = model_info(e->readers[j].model)->max_seq_len;
-                if (limit && length + PASSKEY_DIGITS + 1 > limit) {
-                    r->passkey[j][l] = NAN;
-                    continue;
-                }
-                int digits = 0;
-                err = passkey_ask(&digits, &e->readers[j], &passkey, e->msg, e->msg_len);
-                right[j] += digits;
-                r->passkey[j][l] = (double)right[j] / (PASSKEY_DIGITS * r->tries);
+                if (limit && length + PASSKEY_DIGITS + 1 > limit) continue;
+                struct answer answer;
+                err = passkey_ask(&answer, &e->readers[j], &passkey, e->msg, e->msg_len);
+                if (!err)
+                    recalled_add(&r->passkey[j][l][depth_of((2 * i + 1) / (2.0 * tries))], &answer);
             }
             free(passkey.ids);
             if (err) return err;
         }
+    }
+    return OK;
+}
+
+static struct recall_options recall_of(const struct eval *e, const struct text *filler,
+                                       int64_t length) {
+    int64_t seed = e->settings->seed > 0 ? e->settings->seed : 0;
+    return (struct recall_options){model_tokenizer(e->model), filler, seed, length};
+}
+
+static enum err test_recall(struct eval *e) {
+    struct report *r = &e->report;
+    struct text filler = text_of(e, 0);
+    int facts = r->facts = e->settings->facts, n_texts = (e->settings->tries + facts - 1) / facts;
+    r->has_recall = true;
+    for (int l = 0; l < r->n_lengths; l++) {
+        struct recalled depths[MAX_READERS][DEPTHS] = {0};
+        struct recall_options o = recall_of(e, &filler, r->lengths[l]);
+        log_event(LOG_INFO, "eval", "recall in %lld tokens", (long long)r->lengths[l]);
+        enum err err = recall_measure(depths, e->readers, e->n_readers, &o, facts, n_texts, e->msg,
+                                      e->msg_len);
+        if (err == ERR_ARG && !listed(e->settings->tests, "recall")) {
+            log_event(LOG_WARN, "eval", "recall is left out: %s",
+                      e->msg); /* nobody asked for it by name */
+            *e->msg = 0;
+            continue;
+        }
+        if (err) return err;
+        for (int i = 0; i < e->n_readers; i++)
+            memcpy(r->recall[i][l], depths[i], sizeof depths[i]);
+    }
+    return OK;
+}
+
+/* The model once more, with places for the caches of n texts. */
+static enum err open_wide(struct eval *e, int n_texts, struct model **out) {
+    struct model_options o;
+    options_of(&o, e);
+    o.n_slots = n_texts + 2;
+    o.cache_size = n_texts * model_info(e->model)->attention.cache_size;
+    return model_open(out, &o, e->msg, e->msg_len);
+}
+
+static enum err test_added(struct eval *e) {
+    struct report *r = &e->report;
+    const struct attention_config *c = &model_info(e->model)->attention;
+    struct text filler = text_of(e, 0);
+    int64_t numbers[MAX_TEXTS];
+    int n_numbers = settings_list(e->settings->memories, numbers, MAX_TEXTS),
+        tries = e->settings->tries;
+    if (!model_slot(e->model, 0) || c->kind != ATTENTION_HEDGEHOG || c->window != WINDOW_TERRACED ||
+        !c->cache_size)
+        return FAIL(e, ERR_ARG,
+                    "--tests added needs Hedgehog attention with a recall cache, on the CPU");
+    r->added = calloc((size_t)n_numbers * (size_t)r->n_lengths, sizeof *r->added);
+    if (!r->added) return FAIL(e, ERR_NOMEM, "out of memory");
+    for (int k = 0; k < n_numbers; k++) {
+        struct model *wide = NULL;
+        int n_texts = (int)numbers[k], n_sets = (tries + n_texts - 1) / n_texts;
+        if (n_texts < 2 || n_texts > MAX_TEXTS)
+            return FAIL(e, ERR_ARG, "--memories %d: 2 to %d texts can be added", n_texts,
+                        MAX_TEXTS);
+        enum err err = open_wide(e, n_texts, &wide);
+        for (int l = 0; l < r->n_lengths && !err; l++) {
+            struct added *a = &r->added[r->n_added++];
+            struct recall_options o = recall_of(e, &filler, r->lengths[l]);
+            *a = (struct added){.n_texts = n_texts, .length = r->lengths[l]};
+            log_event(LOG_INFO, "eval", "memories of %d texts of %lld tokens", n_texts,
+                      (long long)o.length);
+            for (int i = 0; i < n_sets && !err; i++)
+                err = added_measure(a, wide, c->cache_size, &o, n_texts, i, n_sets, e->msg,
+                                    e->msg_len);
+        }
+        model_close(wide);
+        if (err) return err;
     }
     return OK;
 }
@@ -358,11 +433,11 @@ static enum err print_report(struct eval *e) {
 }
 
 static enum err evaluate(struct eval *e) {
-    static const char *const known_tests[] = {"perplexity", "stream", "choice", "passkey",
-                                              "heads",      "all",    NULL};
+    static const char *const known_tests[] = {"perplexity", "stream", "choice", "heads", "passkey",
+                                              "recall",     "added",  "all",    NULL};
     static const char *const known_parts[] = {"linear", "cache", "both", "none", NULL};
     enum err err = check_list(e, "--tests", e->settings->tests, known_tests,
-                              "perplexity, stream, choice, passkey, heads and all");
+                              "perplexity, stream, choice, heads, passkey, recall, added and all");
     if (!err)
         err = check_list(e, "--ablate", e->settings->ablate, known_parts,
                          "linear, cache, both and none");
@@ -373,11 +448,14 @@ static enum err evaluate(struct eval *e) {
     e->report.n_readers = e->n_readers;
     e->report.compare = e->against;
     e->report.texts = e->settings->text;
+    take_lengths(e);
     if (!err && wanted(e, "perplexity")) err = test_perplexity(e);
     if (!err && wanted(e, "stream")) err = test_stream(e);
     if (!err && e->tasks) err = test_choice(e);
     if (!err && wanted(e, "heads")) err = test_heads(e);
     if (!err && wanted(e, "passkey")) err = test_passkey(e);
+    if (!err && wanted(e, "recall")) err = test_recall(e);
+    if (!err && listed(e->settings->tests, "added")) err = test_added(e);
     return err ? err : print_report(e);
 }
 

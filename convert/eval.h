@@ -30,8 +30,14 @@
  *   linear branch is on; at most 4 windows of --context tokens of each text, 64 rows of each.  On the
  *   CPU.
  *
- * passkey: share of digits right (passkey.h), in the first file, at each of --lengths; a model
- *   whose limit is shorter is left out.
+ * passkey: one number hidden in the first file (passkey.h), --tries prompts at each of --lengths;
+ *   digits right, whole answers, and digits by depth.  A model whose limit is shorter is left out.
+ *
+ * recall: --facts numbers with names in one text, --tries questions at each of --lengths (recall.h);
+ *   the text is read once, questions go on from copies of its slot.
+ *
+ * added: what the memories of 2, 8 ... (--memories) texts are worth when they are added (recall.h).
+ *   By name only: it opens the model once more, with places for all their caches.  On the CPU.
  *
  * All readers score the same tokens, so columns compare; a difference between two readers is much
  * more precise than either. */

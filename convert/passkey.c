@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static uint64_t mix(uint64_t x) { /* SplitMix64's finaliser (Steele et al. 2014) */
+uint64_t passkey_mix(uint64_t x) { /* Steele et al. 2014 */
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
     x = (x ^ x >> 27) * 0x94d049bb133111ebu;
@@ -13,9 +13,10 @@ static uint64_t mix(uint64_t x) { /* SplitMix64's finaliser (Steele et al. 2014)
 }
 
 enum err passkey_make(struct passkey *out, const struct tokenizer *tokenizer,
-                      const struct text *filler, int64_t length, int i, int n_tries, char *msg,
-                      size_t msg_len) {
-    uint64_t random = mix(mix((uint64_t)length) + (uint64_t)i);
+                      const struct text *filler, int64_t seed, int64_t length, int i, int n_tries,
+                      char *msg, size_t msg_len) {
+    uint64_t random = (uint64_t)length ^ (seed > 0 ? passkey_mix((uint64_t)seed) : 0);
+    random = passkey_mix(passkey_mix(random) + (uint64_t)i);
     struct passkey p = {.n = length};
     snprintf(p.key, sizeof p.key, "%d", 10000 + (int)(random % 90000));
 
@@ -45,7 +46,7 @@ enum err passkey_make(struct passkey *out, const struct tokenizer *tokenizer,
         err = err_set(msg, msg_len, ERR_NOMEM, "out of memory");
         goto done;
     }
-    const int32_t *fill = filler->ids + mix(random) % (uint64_t)(filler->n - n_fill + 1);
+    const int32_t *fill = filler->ids + passkey_mix(random) % (uint64_t)(filler->n - n_fill + 1);
     size_t before = (size_t)(n_fill * (2 * i + 1) / (2 * n_tries));
     size_t after = (size_t)n_fill - before;
     int32_t *to = p.ids;
@@ -63,25 +64,32 @@ done:
     return err;
 }
 
-enum err passkey_ask(int *right, struct reader *reader, const struct passkey *passkey, char *msg,
-                     size_t msg_len) {
+enum err passkey_answer(struct answer *out, struct reader *reader, const int32_t *ids, int64_t n,
+                        int n_answer, char *msg, size_t msg_len) {
     int vocab_size = model_info(reader->model)->vocab_size;
-    const int32_t *answer = passkey->ids + passkey->n;
+    const int32_t *answer = ids + n;
     const float *logits;
-    model_slot_clear(reader->model, reader->slot);
-    enum err err = reader_feed(reader, passkey->ids, passkey->n + passkey->n_answer - 1,
-                               passkey->n_answer, &logits, msg, msg_len);
+    enum err err = reader_feed(reader, ids, n + n_answer - 1, n_answer, &logits, msg, msg_len);
     if (err) return err;
-    *right = 0;
-    for (int i = 0; i < passkey->n_answer; i++, logits += vocab_size) {
+    *out = (struct answer){.whole = true};
+    for (int i = 0; i < n_answer; i++, logits += vocab_size) {
         int32_t best = 0;
         for (int32_t t = 1; t < vocab_size; t++)
             if (logits[t] > logits[best]) best = t;
-        if (best != answer[i]) continue;
-        size_t n;
-        const char *bytes = token_bytes(model_tokenizer(reader->model), best, false, &n);
-        for (size_t b = 0; b < n; b++)
-            *right += bytes[b] >= '0' && bytes[b] <= '9';
+        if (best != answer[i]) {
+            out->whole = false;
+            continue;
+        }
+        size_t bytes;
+        const char *text = token_bytes(model_tokenizer(reader->model), best, false, &bytes);
+        for (size_t b = 0; b < bytes; b++)
+            out->digits += text[b] >= '0' && text[b] <= '9';
     }
     return OK;
+}
+
+enum err passkey_ask(struct answer *out, struct reader *reader, const struct passkey *passkey,
+                     char *msg, size_t msg_len) {
+    model_slot_clear(reader->model, reader->slot);
+    return passkey_answer(out, reader, passkey->ids, passkey->n, passkey->n_answer, msg, msg_len);
 }

@@ -10,6 +10,7 @@ void report_free(struct report *r) {
     for (int i = 0; i < r->n_streams; i++)
         free(r->streams[i].bins);
     free(r->streams);
+    free(r->added);
     for (int i = 0; i < MAX_READERS; i++)
         head_report_free(r->heads[i]);
 }
@@ -114,18 +115,67 @@ static void table_heads(FILE *out, const struct report *r, int reader) {
 
 /* ---- recall ---- */
 
-static void table_passkey(FILE *out, const struct report *r) {
-    fprintf(out, "\npasskey: digits right, %d tries at each length\n  %-34s", r->tries, "");
+static void print_share(FILE *out, double share) {
+    if (isnan(share))
+        fprintf(out, " %8s", "-");
+    else
+        fprintf(out, " %8.3f", share);
+}
+
+/* Digits right by length; of readers that are no ablation whole answers too, and digits by depth.
+ */
+static void table_recall(FILE *out, const struct report *r, const char *title,
+                         const struct recalled (*told)[MAX_LENGTHS][DEPTHS]) {
+    int most = 0;
+    for (int i = 0; i < r->n_readers; i++)
+        for (int l = 0; l < r->n_lengths; l++) {
+            struct recalled all = recalled_all(told[i][l]);
+            if (all.asked > most) most = all.asked;
+        }
+    fprintf(out, "\n%s: digits right, %d tries at each length\n  %-34s", title, most, "");
     for (int l = 0; l < r->n_lengths; l++)
         fprintf(out, " %8lld", (long long)r->lengths[l]);
     fputc('\n', out);
     for (int i = 0; i < r->n_readers; i++) {
         print_name(out, r, i);
-        for (int l = 0; l < r->n_lengths; l++)
-            if (isnan(r->passkey[i][l]))
-                fprintf(out, " %8s", "-");
-            else
-                fprintf(out, " %8.3f", r->passkey[i][l]);
+        for (int l = 0; l < r->n_lengths; l++) {
+            struct recalled all = recalled_all(told[i][l]);
+            print_share(out, recalled_digits(&all));
+        }
+        fputc('\n', out);
+        if (r->readers[i].whole) continue;
+        fprintf(out, "  %-34s", "  whole answers");
+        for (int l = 0; l < r->n_lengths; l++) {
+            struct recalled all = recalled_all(told[i][l]);
+            print_share(out, recalled_whole(&all));
+        }
+        fputc('\n', out);
+        for (int d = 0; d < DEPTHS; d++) {
+            fprintf(out, "    at %3d to %3d %% of the text%*s", 100 * d / DEPTHS,
+                    100 * (d + 1) / DEPTHS, 6, "");
+            for (int l = 0; l < r->n_lengths; l++)
+                print_share(out, recalled_digits(&told[i][l][d]));
+            fputc('\n', out);
+        }
+    }
+}
+
+static void table_added(FILE *out, const struct report *r) {
+    fprintf(out,
+            "\ntexts read apart, memories added: digits right of one pass key in each text\n"
+            "  %5s %8s %6s   %-26s   %-26s\n  %5s %8s %6s %8s %8s %8s   %8s %8s %8s\n",
+            "", "tokens", "", "the text's own", "the others'", "texts", "each", "tries", "alone",
+            "joined", "added", "unread", "joined", "added");
+    for (int i = 0; i < r->n_added; i++) {
+        const struct added *a = &r->added[i];
+        fprintf(out, "  %5d %8lld %6d", a->n_texts, (long long)a->length, a->own_added.asked);
+        print_share(out, recalled_digits(&a->own_alone));
+        print_share(out, recalled_digits(&a->own_joined));
+        print_share(out, recalled_digits(&a->own_added));
+        fputs("  ", out);
+        print_share(out, recalled_digits(&a->others_alone));
+        print_share(out, recalled_digits(&a->others_joined));
+        print_share(out, recalled_digits(&a->others_added));
         fputc('\n', out);
     }
 }
@@ -172,5 +222,11 @@ void report_table(FILE *out, const struct report *r) {
     if (r->tasks) table_choice(out, r);
     for (int i = 0; i < r->n_readers; i++)
         if (r->heads[i]) table_heads(out, r, i);
-    if (r->n_lengths) table_passkey(out, r);
+    if (r->has_passkey) table_recall(out, r, "passkey", r->passkey);
+    if (r->has_recall) {
+        char title[64];
+        snprintf(title, sizeof title, "recall, %d facts in a text", r->facts);
+        table_recall(out, r, title, r->recall);
+    }
+    if (r->n_added) table_added(out, r);
 }

@@ -6,6 +6,7 @@
 #include "convert/choice.h"
 #include "convert/head_report.h"
 #include "convert/reading.h"
+#include "convert/recall.h"
 #include <cjson/cJSON.h>
 #include <stdio.h>
 
@@ -37,10 +38,15 @@ struct report {
 
     struct head_report *heads[MAX_READERS]; /* owned; NULL: not measured */
 
-    int n_lengths, tries; /* 0 lengths: no passkey test */
+    int n_lengths; /* of the two tests below */
     int64_t lengths[MAX_LENGTHS];
-    double passkey[MAX_READERS]
-                  [MAX_LENGTHS]; /* share of digits right; NaN: longer than the reader's limit */
+    bool has_passkey, has_recall;
+    int facts; /* in one text */
+    struct recalled passkey[MAX_READERS][MAX_LENGTHS][DEPTHS]; /* nothing asked: longer than the reader's limit */
+    struct recalled recall[MAX_READERS][MAX_LENGTHS][DEPTHS];
+
+    struct added *added; /* [n_added], owned: each length, each number of texts */
+    int n_added;
 };
 
 void report_free(struct report *r); /* what it owns; NULL is fine */

@@ -55,6 +55,46 @@ static void add_choice(cJSON *o, const struct choice_sums *s) {
     add(c, "acc_norm_standard_error", choice_error(s->n, s->right_norm));
 }
 
+/* ---- recall ---- */
+static void add_recalled(cJSON *o, const struct recalled *r) {
+    cJSON_AddNumberToObject(o, "tries", r->asked);
+    add(o, "digits_right", recalled_digits(r));
+    add(o, "whole_right", recalled_whole(r));
+}
+
+static void add_lengths(cJSON *o, const char *key, const struct report *r,
+                        const struct recalled (*told)[DEPTHS]) {
+    cJSON *lengths = cJSON_AddArrayToObject(o, key);
+    for (int l = 0; l < r->n_lengths; l++) {
+        cJSON *one = cJSON_CreateObject(), *depths;
+        struct recalled all = recalled_all(told[l]);
+        cJSON_AddItemToArray(lengths, one);
+        cJSON_AddNumberToObject(one, "tokens", (double)r->lengths[l]);
+        add_recalled(one, &all);
+        depths = cJSON_AddArrayToObject(one, "by_depth");
+        for (int d = 0; d < DEPTHS; d++) {
+            cJSON *depth = cJSON_CreateObject();
+            cJSON_AddItemToArray(depths, depth);
+            add(depth, "from", (double)d / DEPTHS);
+            add(depth, "to", (double)(d + 1) / DEPTHS);
+            add_recalled(depth, &told[l][d]);
+        }
+    }
+}
+
+static cJSON *json_added(const struct added *a) {
+    const struct recalled *parts[] = {&a->own_alone,    &a->own_joined,    &a->own_added,
+                                      &a->others_alone, &a->others_joined, &a->others_added};
+    static const char *const keys[] = {"own_alone",    "own_joined",    "own_added",
+                                       "others_alone", "others_joined", "others_added"};
+    cJSON *o = cJSON_CreateObject();
+    cJSON_AddNumberToObject(o, "texts", a->n_texts);
+    cJSON_AddNumberToObject(o, "tokens", (double)a->length);
+    for (int i = 0; i < 6; i++)
+        add_recalled(cJSON_AddObjectToObject(o, keys[i]), parts[i]);
+    return o;
+}
+
 /* ---- a reader, and all ---- */
 static cJSON *json_reader(const struct report *r, int i) {
     const struct model_info *info = model_info(r->readers[i].model);
@@ -79,16 +119,8 @@ static cJSON *json_reader(const struct report *r, int i) {
     if (r->n_streams) add_streams(o, r, i);
     if (r->tasks) add_choice(o, &r->choice[i]);
     if (r->heads[i]) cJSON_AddItemToObject(o, "heads", head_report_json(r->heads[i]));
-    if (r->n_lengths) {
-        cJSON *lengths = cJSON_AddArrayToObject(o, "passkey");
-        for (int l = 0; l < r->n_lengths; l++) {
-            cJSON *one = cJSON_CreateObject();
-            cJSON_AddItemToArray(lengths, one);
-            cJSON_AddNumberToObject(one, "tokens", (double)r->lengths[l]);
-            cJSON_AddNumberToObject(one, "tries", r->tries);
-            cJSON_AddNumberToObject(one, "digits_right", r->passkey[i][l]);
-        }
-    }
+    if (r->has_passkey) add_lengths(o, "passkey", r, r->passkey[i]);
+    if (r->has_recall) add_lengths(o, "recall", r, r->recall[i]);
     return o;
 }
 
@@ -103,6 +135,10 @@ cJSON *report_json(const struct report *r) {
     cJSON *readers = cJSON_AddArrayToObject(root, "readers");
     for (int i = 0; i < r->n_readers; i++)
         cJSON_AddItemToArray(readers, json_reader(r, i));
+    if (r->has_recall) cJSON_AddNumberToObject(root, "facts", r->facts);
+    cJSON *added = r->n_added ? cJSON_AddArrayToObject(root, "added") : NULL;
+    for (int i = 0; i < r->n_added; i++)
+        cJSON_AddItemToArray(added, json_added(&r->added[i]));
     if (!root || !readers) {
         cJSON_Delete(root);
         return NULL;

@@ -219,7 +219,8 @@ static void added(struct html *h, const cJSON *quality) {
     html_put(h,
              "<div><h3>Texts read apart, memories added</h3><p class=\"note\">Digits right of pass "
              "keys, one in each text. "
-             "The last text goes on with the memories of the others: its own key, and theirs.</p>"
+             "Each text goes on with the memories of all others and is asked for its own key and "
+             "for theirs.</p>"
              "<div class=\"wide heat\"><table><thead><tr><th>texts</th><th class=\"n\">tokens "
              "each</th><th class=\"n\">tries</th>");
     for (int k = 0; k < 6; k++)

@@ -306,10 +306,10 @@ static void test_passkey_prompts_have_the_length_asked_for_and_hold_the_key(void
     size_t places[5];
     for (int i = 0; i < 5; i++) {
         struct passkey p, again;
-        assert_int_equal(passkey_make(&p, model_tokenizer(m), &filler, 700, i, 5, msg, sizeof msg),
-                         OK);
         assert_int_equal(
-            passkey_make(&again, model_tokenizer(m), &filler, 700, i, 5, msg, sizeof msg), OK);
+            passkey_make(&p, model_tokenizer(m), &filler, 0, 700, i, 5, msg, sizeof msg), OK);
+        assert_int_equal(
+            passkey_make(&again, model_tokenizer(m), &filler, 0, 700, i, 5, msg, sizeof msg), OK);
         assert_int_equal(p.n, 700);
         assert_int_equal(p.ids[0], 1);
         assert_memory_equal(p.ids, again.ids, 700 * sizeof *p.ids);
@@ -330,17 +330,18 @@ static void test_passkey_prompts_have_the_length_asked_for_and_hold_the_key(void
         free(again.ids);
     }
     struct passkey none;
-    assert_int_equal(passkey_make(&none, model_tokenizer(m), &filler, 20, 0, 1, msg, sizeof msg),
+    assert_int_equal(passkey_make(&none, model_tokenizer(m), &filler, 0, 20, 0, 1, msg, sizeof msg),
                      ERR_ARG);
-    assert_int_equal(passkey_make(&none, model_tokenizer(m), &filler, 5000, 0, 1, msg, sizeof msg),
-                     ERR_ARG);
+    assert_int_equal(
+        passkey_make(&none, model_tokenizer(m), &filler, 0, 5000, 0, 1, msg, sizeof msg), ERR_ARG);
     free((int32_t *)filler.ids);
     model_close(m);
 }
 
 /* How many of the answer's digits are most likely, a token a step. */
-static int ask_naively(struct model *m, int slot, const struct passkey *p) {
+static int ask_naively(struct model *m, int slot, const struct passkey *p, bool *whole) {
     int vocab_size = model_info(m)->vocab_size, right = 0;
+    *whole = true;
     model_slot_clear(m, slot);
     for (int64_t at = 0; at + 1 < p->n + p->n_answer; at++) {
         const float *logits;
@@ -350,6 +351,7 @@ static int ask_naively(struct model *m, int slot, const struct passkey *p) {
         bool best = true;
         for (int v = 0; v < vocab_size; v++)
             best &= logits[v] <= logits[p->ids[at + 1]];
+        *whole &= best;
         char *text;
         size_t len;
         assert_int_equal(
@@ -366,7 +368,7 @@ static void test_a_digit_is_right_when_it_is_the_most_likely_next_token(void **s
     (void)state;
     struct model *m = open_model(2, -1);
     struct reader reader = {.name = "m", .model = m, .slot = 1, .linear = true};
-    int total = 0, digits = 0;
+    int total = 0, digits = 0, n_whole = 0;
     for (int n_answer = 1; n_answer <= 6; n_answer++)
         for (int zeros = 2; zeros < 12; zeros++) {
             static const char text[] = "0000000010000";
@@ -376,17 +378,20 @@ static void test_a_digit_is_right_when_it_is_the_most_likely_next_token(void **s
                 tokenize(model_tokenizer(m), text, (size_t)zeros, TOKENIZE_ADD_BOS_EOS, &p.ids, &n),
                 OK);
             p.n = (int64_t)n - n_answer;
-            int right = -1;
+            struct answer right = {-1, false};
             char msg[256];
             if (p.n >= 1) {
                 assert_int_equal(passkey_ask(&right, &reader, &p, msg, sizeof msg), OK);
-                assert_int_equal(right, ask_naively(m, 0, &p));
-                total += right;
+                bool whole;
+                assert_int_equal(right.digits, ask_naively(m, 0, &p, &whole));
+                assert_int_equal(right.whole, whole);
+                n_whole += whole;
+                total += right.digits;
                 digits += n_answer;
             }
             free(p.ids);
         }
-    assert_true(total > 0 && total < digits);
+    assert_true(total > 0 && total < digits && n_whole > 0);
     model_close(m);
 }
 
@@ -447,6 +452,8 @@ static void test_the_report_holds_all_tests_of_all_readers(void **state) {
         assert_int_equal(json_size(lengths), 2);
         double share = json_number(json_get(json_next(json_child(lengths)), "digits_right"), NAN);
         assert_int_equal(isnan(share), i == 0); /* the softmax base ends at 512 */
+        assert_int_equal(json_size(json_get(json_child(lengths), "by_depth")), DEPTHS);
+        assert_true(json_number(json_get(json_child(lengths), "tries"), 0) == 2);
         int cache_size = (int)json_number(json_get(r, "cache_size"), -1);
         assert_int_equal(cache_size, i == 1 || i == 2 ? 16 : 0); /* base and "no cache" have none */
         assert_int_equal(json_get(r, "heads") != NULL,
