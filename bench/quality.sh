@@ -1,12 +1,12 @@
 #!/bin/bash
 # quality.sh - what weight formats and the conversion cost, with gates: exit status 1 when one is missed.
 #
-#   bench/quality.sh [MODEL]         URCHIN=build/urchin TOKENS=10240 PASSKEY=1000,2000 TRIES=5
+#   bench/quality.sh [MODEL]         URCHIN=build/urchin TOKENS=10240 PASSKEY=1000,2000 TRIES=40
 #
 # 1. bf16, int8 and int4 weights against fp32 (weights and exact keys), same model: mean KL over TOKENS
 #    tokens of two texts in windows of 1,024.  Gates: bf16 0.003, int8 0.01 nats.
-# 2. the model against its base (adapters): perplexity, KL, agreement; linear branch and cache off.
-# 3. perplexity by position in one stream, and passkeys.
+# 2. the model against its base (adapters): perplexity, KL, agreement; linear branch, cache and both off.
+# 3. perplexity by position in one stream, heads, passkeys and recall.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 urchin=${URCHIN:-build/urchin}
@@ -42,5 +42,5 @@ against=()
 echo
 echo "== the conversion"
 "$urchin" eval "$model" "${against[@]}" --text "$text" --tokens $((tokens / n_texts)) \
-    --lengths "${PASSKEY:-1000,2000}" --tries "${TRIES:-5}"
+    --lengths "${PASSKEY:-1000,2000}" --tries "${TRIES:-40}"
 exit $status

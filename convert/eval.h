@@ -1,6 +1,6 @@
 /* eval.h - `urchin eval`: what a conversion, a weight format or a code change costs.
  *
- *   urchin eval MODEL --text FILE[,FILE...] [--against BASE] [--tests perplexity,stream,choice,heads,passkey]
+ *   urchin eval MODEL --text FILE[,FILE...] [--against BASE] [--tests NAME,...]
  *
  * Opens MODEL (and BASE) itself, prints a table (or, --json, one object) on stdout.  Returns the
  * process's exit status: 0, or 1 after one sentence on stderr.

@@ -243,6 +243,11 @@ static enum err ask_added(struct set *s, struct added *sums, int own, int slot) 
 static enum err ask_set(struct set *s, struct added *sums, int places) {
     struct attention *a = model_attention(s->reader.model);
     enum err e = OK;
+    if (attention_linear_keys(a, s->o->length - 1) <= 0) /* with all places in use */
+        return err_set(s->msg, s->msg_len, ERR_ARG,
+                       "texts of %lld tokens are too short to add the memories of %d: with all "
+                       "their caches no key is linear",
+                       (long long)s->o->length, s->n);
     attention_set_cache_places(a, places);
     for (int i = 0; i < s->n && !e; i++)
         e = read_into(s, i, i, false);
@@ -254,7 +259,6 @@ static enum err ask_set(struct set *s, struct added *sums, int places) {
     attention_set_cache_places(a, model_info(s->reader.model)->attention.cache_size);
     for (int i = 0; i < s->n && !e; i++)
         e = ask_added(s, sums, i, s->n);
-    attention_set_cache_places(a, places);
     return e;
 }
 
