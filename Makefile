@@ -19,7 +19,7 @@ RUN_PACKAGES   = $(BUILD_PACKAGES) python3-pip
 TEST_PACKAGES  = $(RUN_PACKAGES) libcmocka-dev g++
 
 LAYERS   = config compute attention model scheduler convert server
-KERNELS  = compute/kernels.c attention/kernels.c convert/kernels.c
+KERNELS  = compute/kernels.c compute/gemm_kernel.c attention/kernels.c convert/kernels.c convert/backward_kernels.c
 GPU_C    = $(filter-out model/gpu_none.c,$(wildcard attention/gpu_*.c model/gpu_*.c))
 GPU_NONE = model/gpu_none.c
 SOURCES  = $(filter-out $(KERNELS) $(GPU_C) $(GPU_NONE),$(foreach d,$(LAYERS),$(wildcard $d/*.c)))
