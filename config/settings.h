@@ -66,6 +66,9 @@ struct settings {
     int steps, accumulate, length, long_length, long_every, rows, long_rows;
     double lr, lr_mix, warmup, init_scale, mse_factor, recall;
     bool join_documents, merge; /* merge: MODEL and its base become one folder (convert/merge.h) */
+    const char *finetune, *finetune_loss; /* NULL: the recipe's */
+    int finetune_steps, finetune_accumulate, rank; /* steps -1, others 0: the recipe's */
+    double finetune_lr, finetune_lr_maps; /* -1: the recipe's */
     /* bench (see server/bench.h); lists: settings_list */
     const char *n_prompt, *batch, *depth;
     int n_gen, repeat;

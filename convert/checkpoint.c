@@ -12,67 +12,86 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static const char MAGIC[8] = "urchckp";
+static const char MAGIC[8] = "urchck2";
 
-struct header { /* then identity, w, m, v, curve, before */
+/* Then identity, and the parts of copy_part().  n_fine 0: fine-tuning has not begun. */
+struct header {
     char magic[8];
-    uint64_t identity_len, n_params, n_sums, step;
-    double seconds, share;
-    char digest[SHA256_HEX]; /* of all that follows */
+    uint64_t identity_len, n_params, n_sums, step, transferred, n_fine, fine_step;
+    double seconds, share, fine_before;
+    char digest[SHA256_HEX]; /* of the parts' digests, one after the other */
 };
 
-static size_t body_bytes(const struct header *h) {
-    return h->identity_len + 3 * h->n_params * sizeof(float) + h->step * sizeof(struct point) +
-           h->n_sums * sizeof(struct student_sums);
+enum { N_PARTS_OF_TRANSFER = 6, N_ALL_PARTS = 10 };
+
+struct piece { /* of the run's memory, as it lies in the file */
+    void *at;
+    size_t len;
+};
+/* at is NULL where the run has no room for it (yet). */
+static void pieces_of(const struct run *run, const struct header *h, struct piece out[N_ALL_PARTS]) {
+    const struct training *t = run->training;
+    const struct finetune *f = run->fine;
+    size_t params = h->n_params * sizeof(float), sums = h->n_sums * sizeof *run->before,
+           fine = h->n_fine * sizeof(float);
+    const struct piece all[N_ALL_PARTS] = {{t->w, params},
+                                           {t->m, params},
+                                           {t->v, params},
+                                           {run->curve, h->step * sizeof *run->curve},
+                                           {run->before, sums},
+                                           {run->after, sums},
+                                           {f ? f->w : NULL, fine},
+                                           {f ? f->m : NULL, fine},
+                                           {f ? f->v : NULL, fine},
+                                           {run->fine_curve, h->fine_step * sizeof *run->fine_curve}};
+    memcpy(out, all, sizeof all);
+}
+
+static size_t body_bytes(const struct run *run, const struct header *h) {
+    struct piece pieces[N_ALL_PARTS];
+    size_t sum = h->identity_len;
+    pieces_of(run, h, pieces);
+    for (int i = 0; i < N_ALL_PARTS; i++)
+        sum += pieces[i].len;
+    return sum;
+}
+
+/* Of identity and pieces. */
+static void digest_of(const char *identity, size_t len, const struct piece pieces[N_ALL_PARTS], char out[SHA256_HEX]) {
+    char digests[N_ALL_PARTS + 1][SHA256_HEX];
+    sha256_hex(identity, len, digests[0]);
+    for (int i = 0; i < N_ALL_PARTS; i++)
+        sha256_hex(pieces[i].len ? pieces[i].at : "", pieces[i].len, digests[i + 1]);
+    sha256_hex(digests, sizeof digests, out);
 }
 
 static size_t n_sums(const struct run *run) {
     return (size_t)run->training->n_layers * (size_t)run->training->n_heads;
 }
 
-/* Copies between a block and the run's arrays, in the order of the file. */
-static void copy(const struct run *run, const struct header *h, char *block, bool save) {
-    struct training *t = run->training;
-    struct {
-        void *at;
-        size_t len;
-    } parts[] = {
-        {t->w, h->n_params * sizeof(float)},
-        {t->m, h->n_params * sizeof(float)},
-        {t->v, h->n_params * sizeof(float)},
-        {run->curve, h->step * sizeof *run->curve},
-        {run->before, h->n_sums * sizeof *run->before},
-    };
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; block += parts[i++].len)
-        if (save)
-            memcpy(block, parts[i].at, parts[i].len);
-        else
-            memcpy(parts[i].at, block, parts[i].len);
-}
-
 enum err checkpoint_save(const struct run *run, double seconds, char *msg, size_t msg_len) {
-    char *identity = cJSON_PrintUnformatted(run->identity), *body = NULL;
+    char *identity = cJSON_PrintUnformatted(run->identity);
     struct header h = {.n_params = run->training->n_params,
                        .n_sums = n_sums(run),
                        .step = (uint64_t)run->training->step,
+                       .transferred = run->transferred,
+                       .n_fine = run->fine ? run->fine->n_params : 0,
+                       .fine_step = run->fine ? (uint64_t)run->fine->step : 0,
                        .seconds = seconds,
-                       .share = run->share};
+                       .share = run->share,
+                       .fine_before = run->fine_before};
+    if (!identity) return err_set(msg, msg_len, ERR_NOMEM, "out of memory for %s/checkpoint", run->folder);
+    struct piece pieces[N_ALL_PARTS];
+    struct part parts[N_ALL_PARTS + 2];
     memcpy(h.magic, MAGIC, sizeof h.magic);
-    if (identity) {
-        h.identity_len = strlen(identity);
-        body = malloc(body_bytes(&h));
-    }
-    enum err e = OK;
-    if (!body) {
-        e = err_set(msg, msg_len, ERR_NOMEM, "out of memory for %s/checkpoint", run->folder);
-    } else {
-        memcpy(body, identity, h.identity_len);
-        copy(run, &h, body + h.identity_len, true);
-        sha256_hex(body, body_bytes(&h), h.digest);
-        struct part parts[] = {{&h, sizeof h}, {body, body_bytes(&h)}};
-        e = file_replace(run->folder, "checkpoint", parts, 2, msg, msg_len);
-    }
-    free(body);
+    h.identity_len = strlen(identity);
+    pieces_of(run, &h, pieces);
+    digest_of(identity, h.identity_len, pieces, h.digest);
+    parts[0] = (struct part){&h, sizeof h};
+    parts[1] = (struct part){identity, h.identity_len};
+    for (int i = 0; i < N_ALL_PARTS; i++)
+        parts[i + 2] = (struct part){pieces[i].at, pieces[i].len};
+    enum err e = file_replace(run->folder, "checkpoint", parts, N_ALL_PARTS + 2, msg, msg_len);
     free(identity);
     return e;
 }
@@ -110,38 +129,57 @@ static enum err refuse_other(const struct run *run, const cJSON *theirs, char *m
     return e;
 }
 
-static enum err read_body(struct run *run, const struct mapped *file, const char *path, char *msg,
+static enum err damaged(const char *path, char *msg, size_t msg_len) {
+    return err_set(msg, msg_len, ERR_FORMAT, "%s is damaged, or no checkpoint: remove it to begin anew", path);
+}
+
+/* Takes what it says of attention transfer, or of fine-tuning. */
+static enum err read_body(struct run *run, const struct mapped *file, const char *path, bool fine, char *msg,
                           size_t msg_len) {
     struct header h;
     char digest[SHA256_HEX] = "";
     const char *body = (const char *)file->bytes + sizeof h;
+    struct piece mine[N_ALL_PARTS], theirs[N_ALL_PARTS];
     bool good = file->len >= sizeof h;
     if (good) memcpy(&h, file->bytes, sizeof h);
-    good = good && !memcmp(h.magic, MAGIC, sizeof h.magic) && h.identity_len < file->len &&
-           h.n_params < file->len && h.n_sums < file->len && h.step < file->len &&
-           file->len - sizeof h == body_bytes(&h);
-    if (good) sha256_hex(body, body_bytes(&h), digest);
-    if (!good || memcmp(digest, h.digest, SHA256_HEX))
-        return err_set(msg, msg_len, ERR_FORMAT,
-                       "%s is damaged, or no checkpoint: remove it to begin anew", path);
+    good = good && !memcmp(h.magic, MAGIC, sizeof h.magic) && h.identity_len < file->len && h.n_params < file->len &&
+           h.n_sums < file->len && h.step < file->len && h.n_fine < file->len && h.fine_step < file->len &&
+           file->len - sizeof h == body_bytes(run, &h);
+    if (good) {
+        const char *at = body + h.identity_len;
+        pieces_of(run, &h, mine);
+        for (int i = 0; i < N_ALL_PARTS; at += mine[i++].len)
+            theirs[i] = (struct piece){(void *)at, mine[i].len};
+        digest_of(body, h.identity_len, theirs, digest);
+    }
+    if (!good || memcmp(digest, h.digest, SHA256_HEX)) return damaged(path, msg, msg_len);
     cJSON *identity = cJSON_ParseWithLength(body, h.identity_len);
     enum err e = OK;
     if (!identity)
         e = err_set(msg, msg_len, ERR_NOMEM, "out of memory for %s", path);
-    else if (!cJSON_Compare(identity, run->identity, true) ||
-             h.n_params != run->training->n_params || h.n_sums != n_sums(run) ||
-             h.step > (uint64_t)run->recipe.steps)
+    else if (!cJSON_Compare(identity, run->identity, true) || h.n_params != run->training->n_params ||
+             h.n_sums != n_sums(run) || h.step > (uint64_t)run->recipe.steps ||
+             h.fine_step > (uint64_t)run->recipe.finetune.steps)
         e = refuse_other(run, identity, msg, msg_len);
     cJSON_Delete(identity);
+    if (!e && fine && run->fine->n_params != h.n_fine) e = damaged(path, msg, msg_len);
     if (e) return e;
-    copy(run, &h, (char *)body + h.identity_len, false);
+    for (int i = fine ? N_PARTS_OF_TRANSFER : 0; i < (fine ? N_ALL_PARTS : N_PARTS_OF_TRANSFER); i++)
+        if (mine[i].len) memcpy(mine[i].at, theirs[i].at, mine[i].len);
+    if (fine) {
+        run->fine->step = (int64_t)h.fine_step;
+        run->fine_before = h.fine_before;
+        return OK;
+    }
     run->training->step = (int64_t)h.step;
+    run->transferred = h.transferred != 0;
+    run->fine_begun = h.n_fine > 0;
     run->seconds = h.seconds;
     run->share = h.share;
     return OK;
 }
 
-enum err checkpoint_load(struct run *run, bool *found, char *msg, size_t msg_len) {
+static enum err load(struct run *run, bool fine, bool *found, char *msg, size_t msg_len) {
     struct stat st;
     char *path = path_join(run->folder, "checkpoint");
     if (!path) return err_set(msg, msg_len, ERR_NOMEM, "out of memory");
@@ -151,11 +189,21 @@ enum err checkpoint_load(struct run *run, bool *found, char *msg, size_t msg_len
         struct mapped file;
         e = mapped_open(&file, path, msg, msg_len);
         if (!e) {
-            e = read_body(run, &file, path, msg, msg_len);
+            e = read_body(run, &file, path, fine, msg, msg_len);
             mapped_close(&file);
         }
     }
     free(path);
+    return e;
+}
+
+enum err checkpoint_load(struct run *run, bool *found, char *msg, size_t msg_len) {
+    return load(run, false, found, msg, msg_len);
+}
+enum err checkpoint_load_fine(struct run *run, char *msg, size_t msg_len) {
+    bool found;
+    enum err e = load(run, true, &found, msg, msg_len);
+    if (!e && !found) e = err_set(msg, msg_len, ERR_IO, "%s/checkpoint is gone", run->folder);
     return e;
 }
 

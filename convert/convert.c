@@ -1,11 +1,10 @@
 /* convert.c - `urchin convert`, from the settings to the folder. */
 #include "convert/convert.h"
 
+#include "convert/conversion.h"
 #include "convert/files.h"
 #include "convert/merge.h"
-#include "convert/run.h"
 #include "convert/show.h"
-#include "convert/teacher.h"
 #include "model/converted.h"
 #include "model/options.h"
 
@@ -19,7 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { SAVE_SECONDS = 45, LINE_SECONDS = 10, PROBES = 4, INTERRUPTED = 130 };
+enum { INTERRUPTED = 130 };
 
 static volatile sig_atomic_t stopping;
 static int64_t stop_after; /* tests */
@@ -33,26 +32,7 @@ static void stop(int signal) {
     stopping = 1;
 }
 
-struct conversion {
-    const struct settings *settings;
-    struct team *team;
-    struct model *model; /* owned, as all pointers below */
-    struct corpus *corpus;
-    struct teacher *teacher;
-    struct run run;
-    char *name, *folder;
-    int max_tokens, max_rows;
-    double begun, saved,
-        told;           /* seconds of the clock: this run, the last checkpoint, the last line */
-    int64_t first_step; /* of this run */
-    bool interrupted;
-    char *msg;
-    size_t msg_len;
-};
-
-#define FAIL(c, code, ...) err_set((c)->msg, (c)->msg_len, code, __VA_ARGS__)
-
-static double now(void) {
+double conversion_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
@@ -87,14 +67,21 @@ static enum err check_settings(struct conversion *c) {
 /* The recipe comes first: a softmax cache is sized by the longest sequence. */
 static enum err take_recipe(struct conversion *c) {
     struct base *base;
+    struct recipe *r = &c->run.recipe;
     enum err e = base_open(&base, c->settings->model, c->msg, c->msg_len);
     if (e) return e;
-    e = recipe_from_settings(&c->run.recipe, c->settings, base_config(base), c->msg, c->msg_len);
-    base_close(base);
-    const struct recipe *r = &c->run.recipe;
+    e = recipe_from_settings(r, c->settings, base_config(base), c->msg, c->msg_len);
+    if (!e && r->finetune.method == FINETUNE_FULL && !folder_is(c->settings->model))
+        e = FAIL(c, ERR_ARG,
+                 "--finetune full needs a base that is a Hugging Face folder, for its config.json and tokenizer go with the "
+                 "new weights; take --finetune low-rank for %s",
+                 c->settings->model);
     bool any_long = r->long_every > 0;
     c->max_tokens = any_long && r->long_length > r->length ? r->long_length : r->length;
     c->max_rows = any_long && r->long_rows > r->rows ? r->long_rows : r->rows;
+    if (!e && r->finetune.method != FINETUNE_NONE)
+        c->fine_bytes = finetune_bytes(r, base, team_size(c->team), c->max_tokens);
+    base_close(base);
     return e;
 }
 
@@ -151,6 +138,7 @@ static enum err take_identity(struct conversion *c) {
     if (files) cJSON_AddItemToObject(run->identity, "base_files", files);
     cJSON_AddItemToObject(run->identity, "attention", recipe_attention_json(&run->recipe));
     cJSON_AddItemToObject(run->identity, "attention_transfer", recipe_training_json(&run->recipe));
+    cJSON_AddItemToObject(run->identity, "finetune", recipe_finetune_json(&run->recipe));
     cJSON_AddItemToObject(run->identity, "text", corpus_json(c->corpus));
     cJSON_AddStringToObject(run->identity, "weights", weight_type_name(run->base->weights));
     cJSON_AddStringToObject(run->identity, "kv_type", c->settings->kv_type);
@@ -161,7 +149,8 @@ static enum err check_memory(struct conversion *c) {
     const struct recipe *r = &c->run.recipe;
     const struct model_info *i = c->run.base;
     size_t limit = (size_t)c->settings->memory_mb << 20;
-    size_t need = i->weight_bytes + i->slot_bytes + teacher_bytes(i, c->max_tokens, c->max_rows) +
+    size_t teacher = teacher_bytes(i, c->max_tokens, c->max_rows); /* gone before fine-tuning begins */
+    size_t need = i->weight_bytes + i->slot_bytes + (teacher > c->fine_bytes ? teacher : c->fine_bytes) +
                   training_bytes(r, i->n_layers, team_size(c->team), c->max_tokens, c->max_rows) +
                   (64u << 20); /* the program, a step's rows, the tokenizer */
     if (!limit || need <= limit) return OK;
@@ -177,9 +166,10 @@ static enum err take_room(struct conversion *c) {
     const struct model_info *i = run->base;
     size_t heads = (size_t)i->n_layers * (size_t)i->attention.n_heads;
     run->curve = calloc((size_t)r->steps + 1, sizeof *run->curve);
+    run->fine_curve = calloc((size_t)r->finetune.steps + 1, sizeof *run->fine_curve);
     run->before = calloc(heads, sizeof *run->before);
     run->after = calloc(heads, sizeof *run->after);
-    if (!run->curve || !run->before || !run->after ||
+    if (!run->curve || !run->fine_curve || !run->before || !run->after ||
         teacher_new(&c->teacher, c->model, &r->attention, c->max_tokens, c->max_rows) ||
         training_new(&run->training, r, i->n_layers, c->team, c->max_tokens, c->max_rows))
         return no_memory(c);
@@ -187,12 +177,22 @@ static enum err take_room(struct conversion *c) {
 }
 
 /* ---- reading and learning ---- */
+bool conversion_is_long(const struct conversion *c, int64_t number) {
+    int every = c->run.recipe.long_every;
+    return every && number % every == every - 1;
+}
+
+enum err conversion_pack(struct conversion *c, int stream, int64_t number, bool is_long, struct pack *pack) {
+    const struct recipe *r = &c->run.recipe;
+    return corpus_pack(c->corpus, r->seed, stream, number, is_long ? r->long_length : r->length, pack, c->msg, c->msg_len);
+}
+
 /* The base reads pack number of a stream; the pack must be freed once the lesson is done with. */
 static enum err read_pack(struct conversion *c, int stream, int64_t number, bool is_long,
                           struct pack *pack, struct lesson *lesson, double *share) {
     const struct recipe *r = &c->run.recipe;
-    int length = is_long ? r->long_length : r->length, rows = is_long ? r->long_rows : r->rows;
-    enum err e = corpus_pack(c->corpus, r->seed, stream, number, length, pack, c->msg, c->msg_len);
+    int rows = is_long ? r->long_rows : r->rows;
+    enum err e = conversion_pack(c, stream, number, is_long, pack);
     if (e) return e;
     e = teacher_read(c->teacher, pack, rows, r->seed, stream, number, lesson, share, c->msg,
                      c->msg_len);
@@ -238,12 +238,15 @@ static enum err begin(struct conversion *c) {
 }
 
 static double seconds_so_far(const struct conversion *c) {
-    return c->run.seconds + now() - c->begun;
+    return c->run.seconds + conversion_now() - c->begun;
 }
 
-static enum err save(struct conversion *c) {
-    c->saved = now();
-    return checkpoint_save(&c->run, seconds_so_far(c), c->msg, c->msg_len);
+enum err conversion_save(struct conversion *c) {
+    double begun = conversion_now();
+    enum err e = checkpoint_save(&c->run, seconds_so_far(c), c->msg, c->msg_len);
+    c->saved = conversion_now();
+    c->saving = c->saved - begun;
+    return e;
 }
 
 /* Means of the last few steps of the curve. */
@@ -276,11 +279,10 @@ static enum err step(struct conversion *c) {
     struct point point = {0};
     for (int a = 0; a < r->accumulate; a++) {
         int64_t number = t->step * r->accumulate + a;
-        bool is_long = r->long_every && number % r->long_every == r->long_every - 1;
         struct pack pack;
         struct lesson lesson;
         double share;
-        enum err e = read_pack(c, PACK_TRAIN, number, is_long, &pack, &lesson, &share);
+        enum err e = read_pack(c, PACK_TRAIN, number, conversion_is_long(c, number), &pack, &lesson, &share);
         if (e) return e;
         training_clear_sums(t);
         training_learn(t, &lesson);
@@ -314,23 +316,29 @@ static void duration(char *out, size_t len, double seconds) {
         snprintf(out, len, "%d s", s);
 }
 
-static void tell(struct conversion *c, bool last) {
+enum err conversion_after_step(struct conversion *c, int64_t step, int steps, int64_t first_step, double begun,
+                               const char *what, double loss, double rate, bool *stop) {
     bool terminal = isatty(STDERR_FILENO);
-    const struct run *run = &c->run;
-    int64_t step = run->training->step, done = step - c->first_step, n;
-    double t = now(), each = done ? (t - c->begun) / (double)done : 0;
-    if (!last && t - c->told < (terminal ? 0.2 : LINE_SECONDS)) return;
-    c->told = t;
-    char left[32];
-    duration(left, sizeof left, each * (double)(run->recipe.steps - step));
-    fprintf(stderr, "%sstep %lld of %d  kl %.4f  lr %.2g  %.2f s a step  %s left%s",
-            terminal ? "\r\033[K" : "", (long long)step, run->recipe.steps, recent_kl(run, 10, &n),
-            recipe_rate(&run->recipe, step - 1) * run->recipe.lr, each, left,
-            terminal && !last ? "" : "\n");
-    fflush(stderr);
+    c->steps_done++;
+    c->interrupted = step < steps && (stopping || (stop_after && c->steps_done >= stop_after));
+    *stop = c->interrupted;
+    bool last = step == steps || c->interrupted;
+    double t = conversion_now(), each = (t - begun) / (double)(step - first_step);
+    if (last || t - c->told >= (terminal ? 0.2 : LINE_SECONDS)) {
+        char left[32];
+        c->told = t;
+        duration(left, sizeof left, each * (double)(steps - step));
+        fprintf(stderr, "%s%s, step %lld of %d  loss %.4f  lr %.2g  %.2f s a step  %s left%s", terminal ? "\r\033[K" : "",
+                what, (long long)step, steps, loss, rate, each, left, terminal && !last ? "" : "\n");
+        fflush(stderr);
+    }
+    /* a checkpoint of all weights takes long: a twentieth of the time at most */
+    if (c->interrupted || t - c->saved >= (20 * c->saving > SAVE_SECONDS ? 20 * c->saving : SAVE_SECONDS))
+        return conversion_save(c);
+    return OK;
 }
 
-static void tell_memory(void) {
+void conversion_tell_memory(void) {
     struct rusage usage;
     if (getrusage(RUSAGE_SELF, &usage)) return;
     fprintf(stderr, "memory: %ld MiB at its highest, and no step needs more\n",
@@ -338,30 +346,39 @@ static void tell_memory(void) {
 }
 
 /* ---- the whole ---- */
-static enum err train(struct conversion *c) {
+static enum err transfer(struct conversion *c) {
     struct run *run = &c->run;
-    bool told_memory = false;
-    c->begun = c->saved = now();
-    c->told = -1e9;
-    c->first_step = run->training->step;
+    bool told_memory = false, stop = false;
+    double begun = conversion_now();
+    int64_t first_step = run->training->step, n;
     while (run->training->step < run->recipe.steps) {
         enum err e = step(c);
         if (e) return e;
-        int64_t done = run->training->step - c->first_step;
-        bool all_lengths = !run->recipe.long_every ||
-                           run->training->step * run->recipe.accumulate >= run->recipe.long_every;
+        int64_t done = run->training->step;
+        bool all_lengths =
+            !run->recipe.long_every || done * run->recipe.accumulate >= run->recipe.long_every;
         if (!told_memory && all_lengths) {
-            tell_memory();
+            conversion_tell_memory();
             told_memory = true;
         }
-        c->interrupted = stopping || (stop_after && done >= stop_after);
-        bool finished = run->training->step == run->recipe.steps;
-        tell(c, finished || c->interrupted);
-        if (c->interrupted && !finished) return save(c);
-        c->interrupted = false;
-        if (now() - c->saved >= SAVE_SECONDS && (e = save(c))) return e;
+        e = conversion_after_step(c, done, run->recipe.steps, first_step, begun, "attention transfer",
+                                  recent_kl(run, 10, &n), recipe_rate(&run->recipe, done - 1) * run->recipe.lr, &stop);
+        if (e || stop) return e;
     }
-    return OK;
+    if (run->transferred) return OK;
+    enum err e = probe(c, run->after);
+    run->transferred = !e;
+    return e;
+}
+
+static enum err train(struct conversion *c) {
+    c->begun = c->saved = conversion_now();
+    c->told = -1e9;
+    enum err e = transfer(c);
+    if (e || c->interrupted || c->run.recipe.finetune.method == FINETUNE_NONE) return e;
+    teacher_free(c->teacher); /* its room is wanted */
+    c->teacher = NULL;
+    return fine_run(c);
 }
 
 /* The page: the longest piece of a probe's pack, as the finished model reads it.  The base is given
@@ -394,9 +411,7 @@ static enum err show(struct conversion *c) {
 
 static enum err finish(struct conversion *c) {
     struct run *run = &c->run;
-    enum err e = probe(c, run->after);
-    if (!e)
-        e = record_write(run, c->settings->model, c->name, seconds_so_far(c), c->msg, c->msg_len);
+    enum err e = record_write(run, c->base, c->settings->model, c->name, seconds_so_far(c), c->msg, c->msg_len);
     if (e) {
         char why[512];
         snprintf(why, sizeof why, "%s", c->msg);
@@ -413,6 +428,10 @@ static enum err finish(struct conversion *c) {
            run->share * training_kl(run->training, run->before),
            run->share * training_kl(run->training, run->after),
            training_error(run->training, run->before), training_error(run->training, run->after));
+    if (run->fine)
+        printf("fine-tuning, %d steps: %s %.4f before, %.4f after\n", run->recipe.finetune.steps,
+               run->recipe.finetune.next_token ? "loss of the next token" : "KL to the base's next token", run->fine_before,
+               run->fine_after);
     return show(c);
 }
 
@@ -429,16 +448,16 @@ static enum err convert(struct conversion *c) {
     bool found = false;
     if (!e) e = checkpoint_load(&c->run, &found, c->msg, c->msg_len);
     if (e) return e;
-    c->begun = now();
+    c->begun = conversion_now();
     if (found) {
-        fprintf(stderr, "going on from step %lld of %s/checkpoint\n",
-                (long long)c->run.training->step, c->folder);
+        fprintf(stderr, "going on from step %lld%s of %s/checkpoint\n", (long long)c->run.training->step,
+                c->run.fine_begun ? " and fine-tuning" : "", c->folder);
     } else {
         e = begin(c);
-        if (!e) e = save(c); /* at once: whoever cannot write should not find out after an hour */
+        if (!e) e = conversion_save(c); /* at once: whoever cannot write should not find out after an hour */
     }
     if (!e) {
-        c->run.seconds += now() - c->begun;
+        c->run.seconds += conversion_now() - c->begun;
         e = train(c);
     }
     if (!e && !c->interrupted) e = finish(c);
@@ -467,12 +486,15 @@ int convert_main(const struct settings *settings, struct team *team) {
         fprintf(stderr, "urchin convert: %s\n", *msg ? msg : err_name(e));
     else if (c.interrupted)
         fprintf(stderr, "interrupted: the same command goes on from %s/checkpoint\n", c.folder);
+    finetune_free(c.run.fine);
+    base_close(c.base);
     training_free(c.run.training);
     teacher_free(c.teacher);
     corpus_close(c.corpus);
     model_close(c.model);
     cJSON_Delete(c.run.identity);
     free(c.run.curve);
+    free(c.run.fine_curve);
     free(c.run.before);
     free(c.run.after);
     free(c.name);

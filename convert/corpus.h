@@ -40,7 +40,7 @@ void corpus_close(struct corpus *c);               /* NULL is fine */
 const char *corpus_digest(const struct corpus *c); /* SHA-256 over those of all files, in order */
 cJSON *corpus_json(const struct corpus *c);        /* files, bytes, documents, digest */
 
-enum { PACK_CALIBRATE, PACK_TRAIN, PACK_PROBE }; /* streams of packs that have nothing in common */
+enum { PACK_CALIBRATE, PACK_TRAIN, PACK_PROBE, PACK_FINETUNE }; /* streams of packs that have nothing in common */
 
 struct pack {
     int32_t *tokens; /* [n], owned: pack_free */

@@ -104,6 +104,11 @@ enum err file_replace_tensors(const char *folder, const char *name,
     return e;
 }
 
+bool folder_is(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
 enum err folder_make(const char *folder, char *msg, size_t msg_len) {
     struct stat st;
     if (mkdir(folder, 0755) == 0) return OK;

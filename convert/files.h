@@ -4,6 +4,7 @@
 
 #include "config/err.h"
 #include <cjson/cJSON.h>
+#include <stdbool.h>
 #include <stddef.h>
 
 struct part { /* bytes of a file, one after the other */
@@ -29,6 +30,8 @@ struct tensor_out {
 };
 enum err file_replace_tensors(const char *folder, const char *name,
                               const struct tensor_out *tensors, int n, char *msg, size_t msg_len);
+
+bool folder_is(const char *path); /* is there a folder of that name? */
 
 /* The folder itself, made where there is none (its parent must be there). */
 enum err folder_make(const char *folder, char *msg, size_t msg_len);

@@ -162,18 +162,18 @@ static void relocate(float **p, const struct network *from, const struct network
     if (*p) *p = to->values + (*p - from->values);
 }
 
-enum err network_copy(struct network **out, const struct network *of, bool with_values) {
+enum err network_over(struct network **out, const struct network *of, float *values) {
     struct network *n = calloc(1, sizeof *n);
     size_t layers = (size_t)of->config.n_layers;
     if (!n) return ERR_NOMEM;
     *n = *of;
     n->layers = calloc(layers, sizeof *n->layers);
-    n->values = memory_map(n->n_values * sizeof(float));
-    if (!n->layers || !n->values) {
+    n->values = values;
+    n->borrowed = true;
+    if (!n->layers) {
         network_free(n);
         return ERR_NOMEM;
     }
-    if (with_values) memcpy(n->values, of->values, n->n_values * sizeof(float));
     memcpy(n->layers, of->layers, layers * sizeof *n->layers);
     float **once[] = {&n->embed, &n->head, &n->position, &n->norm, &n->norm_bias};
     for (size_t i = 0; i < sizeof once / sizeof *once; i++)
@@ -191,7 +191,7 @@ enum err network_copy(struct network **out, const struct network *of, bool with_
 
 void network_free(struct network *n) {
     if (!n) return;
-    memory_unmap(n->values, n->n_values * sizeof(float));
+    if (!n->borrowed) memory_unmap(n->values, n->n_values * sizeof(float));
     free(n->layers);
     free(n);
 }

@@ -19,8 +19,9 @@ struct network_layer {           /* as struct layer_weights has them; NULL: the 
 
 struct network {
     struct base_config config; /* rope.freq_factors is not for use */
-    float *values;             /* [n_values], owned: everything below points into it */
+    float *values;             /* [n_values]: everything below points into it */
     size_t n_values;
+    bool borrowed;             /* values are somebody else's */
     float *embed, *head;       /* [vocab][hidden]; the same where the head is tied */
     float *position;           /* GPT-2: [context][hidden] */
     float *norm, *norm_bias;
@@ -32,8 +33,8 @@ size_t network_bytes(const struct base *base);
 /* Reads all weights with the team.  ERR_FORMAT: a weight is not finite (the sentence names it). */
 enum err network_read(struct network **out, const struct base *base, struct team *team, char *msg, size_t msg_len);
 
-/* Another one of the same shape: zeros, or with_values the same weights. */
-enum err network_copy(struct network **out, const struct network *of, bool with_values);
+/* Another one of the same shape over values [n_values], which are borrowed and left as they are. */
+enum err network_over(struct network **out, const struct network *of, float *values);
 void network_free(struct network *n); /* NULL is fine */
 
 /* Where the base's tensor of this part lies: rows of n_in, or NULL. */

@@ -43,7 +43,26 @@ static void start_from(struct recipe *r, const char *name, const struct base_con
         r->lr_mix = 0.05;
         r->calibrate = true;
         r->one_cycle = true;
+        r->finetune = (struct finetune_recipe){.method = FINETUNE_LOW_RANK,
+                                               .steps = 220,
+                                               .accumulate = 2,
+                                               .rank = 16,
+                                               .scale = 2,
+                                               .lr = 4e-4,
+                                               .lr_maps = 1e-4};
         return;
+    }
+    /* LoLCATs: rank 8, alpha 16, maps stay.  Hedgehog: all parameters, as its GPT-2 (hedgehog.md 5). */
+    r->finetune = (struct finetune_recipe){.method = FINETUNE_LOW_RANK,
+                                           .next_token = true,
+                                           .steps = 220,
+                                           .accumulate = 8,
+                                           .rank = 8,
+                                           .scale = 2,
+                                           .lr = 1e-4};
+    if (!strcmp(name, "paper")) {
+        r->finetune.method = FINETUNE_FULL;
+        r->finetune.lr = r->finetune.lr_maps = 6e-4;
     }
     r->lr = r->lr_mix = 0.01;
     a->key_map_per_query_head = true;
@@ -124,6 +143,22 @@ int recipe_least_tokens(const struct attention_config *a) {
     return (2 + a->sinks / a->window_size) * a->window_size + 1;
 }
 
+static void set_finetune(struct recipe *r, const struct settings *s) {
+    static const char *const methods[] = {"none", "low-rank", "full", NULL}, *const losses[] = {"distill", "next-token",
+                                                                                               NULL};
+    struct finetune_recipe *f = &r->finetune;
+    enum finetune_method was = f->method;
+    f->method = (enum finetune_method)choice(s->finetune, methods, (int)f->method);
+    f->next_token = choice(s->finetune_loss, losses, f->next_token);
+    if (f->method != was) /* the rate that goes with the method, not with the recipe */
+        f->lr = f->method == FINETUNE_FULL ? 1e-4 : 4e-4;
+    if (s->finetune_steps >= 0) f->steps = s->finetune_steps;
+    if (s->finetune_accumulate) f->accumulate = s->finetune_accumulate;
+    if (s->rank) f->rank = s->rank;
+    if (s->finetune_lr >= 0) f->lr = s->finetune_lr;
+    if (s->finetune_lr_maps >= 0) f->lr_maps = s->finetune_lr_maps;
+}
+
 static enum err set_lengths(struct recipe *r, const struct settings *s,
                             const struct base_config *base, char *msg, size_t msg_len) {
     int context = base->context < 1 << 24 ? (int)base->context : 1 << 24;
@@ -179,18 +214,25 @@ enum err recipe_from_settings(struct recipe *out, const struct settings *s,
     r.seed = s->seed < 0 ? 0 : s->seed;
     r.join_documents = s->join_documents;
     r.recall = s->recall;
+    set_finetune(&r, s);
     enum err e = set_softmax_layers(&r, s->softmax_layers, base, msg, msg_len);
     if (!e) e = set_lengths(&r, s, base, msg, msg_len);
+    if (!e && r.n_softmax_layers && r.finetune.method != FINETUNE_NONE)
+        e = err_set(msg, msg_len, ERR_ARG,
+                    "fine-tuning with --softmax-layers is not in the program yet: give --finetune none");
     if (!e) *out = r;
     return e;
 }
 
-double recipe_rate(const struct recipe *r, int64_t step) {
+double recipe_rate_of(const struct recipe *r, int steps, int64_t step) {
     const double from = 1.0 / 25, to = from / 1e4;
-    double warm = r->warmup * r->steps, at = (double)step;
+    double warm = r->warmup * steps, at = (double)step;
     if (at < warm) return from + (1 - from) * (1 - cos(M_PI * at / warm)) / 2;
-    if (!r->one_cycle || r->steps <= warm) return 1;
-    return to + (1 - to) * (1 + cos(M_PI * (at - warm) / (r->steps - warm))) / 2;
+    if (!r->one_cycle || steps <= warm) return 1;
+    return to + (1 - to) * (1 + cos(M_PI * (at - warm) / (steps - warm))) / 2;
+}
+double recipe_rate(const struct recipe *r, int64_t step) {
+    return recipe_rate_of(r, r->steps, step);
 }
 
 /* ---- JSON ---- */
@@ -259,5 +301,23 @@ cJSON *recipe_training_json(const struct recipe *r) {
     add_number(o, "init_scale", r->init_scale);
     cJSON_AddBoolToObject(o, "calibrated", r->calibrate);
     add_number(o, "seed", (double)r->seed);
+    return o;
+}
+
+cJSON *recipe_finetune_json(const struct recipe *r) {
+    const struct finetune_recipe *f = &r->finetune;
+    if (f->method == FINETUNE_NONE) return cJSON_CreateNull();
+    cJSON *o = cJSON_CreateObject();
+    add_text(o, "method", f->method == FINETUNE_FULL ? "full" : "low_rank");
+    add_text(o, "loss", f->next_token ? "next_token" : "distill");
+    if (f->method == FINETUNE_LOW_RANK) {
+        add_number(o, "rank", f->rank);
+        add_number(o, "scale", f->scale);
+    }
+    add_number(o, "steps", f->steps);
+    add_number(o, "accumulate", f->accumulate);
+    add_text(o, "optimiser", "AdamW, betas 0.9 and 0.99, no decay, gradient norm at most 1");
+    add_number(o, "lr", f->lr);
+    add_number(o, "lr_maps", f->lr_maps);
     return o;
 }

@@ -17,6 +17,16 @@
 
 enum { MAX_SOFTMAX_LAYERS = 64 };
 
+enum finetune_method { FINETUNE_NONE, FINETUNE_LOW_RANK, FINETUNE_FULL };
+
+struct finetune_recipe { /* stage 2; its sequences are as long as stage 1's */
+    enum finetune_method method;
+    bool next_token; /* the loss; else distillation */
+    int steps, accumulate, rank;
+    double scale;        /* W + scale B A */
+    double lr, lr_maps;  /* of low-rank parts or weights; of maps and mixing */
+};
+
 struct recipe {
     const char *name;
     struct attention_config
@@ -35,15 +45,17 @@ struct recipe {
     int64_t seed;
     bool join_documents;
     double recall; /* share of packs that are recall texts */
+    struct finetune_recipe finetune;
 };
 
 /* ERR_ARG with a sentence that names the flag.  Strings are borrowed from the settings. */
 enum err recipe_from_settings(struct recipe *out, const struct settings *s,
                               const struct base_config *base, char *msg, size_t msg_len);
 
-/* The rate's factor at a step, 0 .. 1: one-cycle rises from 1/25 over the warm-up and falls to
+/* The rate's factor at a step of so many, 0 .. 1: one-cycle rises from 1/25 over the warm-up and falls to
  * nothing, both along a cosine; constant rises the same and stays. */
-double recipe_rate(const struct recipe *r, int64_t step);
+double recipe_rate_of(const struct recipe *r, int steps, int64_t step);
+double recipe_rate(const struct recipe *r, int64_t step); /* stage 1 */
 
 bool recipe_keeps_softmax(const struct recipe *r, int layer);
 
@@ -53,5 +65,6 @@ int recipe_least_tokens(const struct attention_config *attention);
 /* Objects for urchin.json: its attention key, and the rest.  NULL: out of memory. */
 cJSON *recipe_attention_json(const struct recipe *r);
 cJSON *recipe_training_json(const struct recipe *r);
+cJSON *recipe_finetune_json(const struct recipe *r); /* null: none */
 
 #endif

@@ -81,16 +81,16 @@ static enum err link_file(void *arg, const char *path, const char *name, char *m
     return file_link(arg, name, path, msg, msg_len);
 }
 
-static bool is_folder(const char *path) {
-    struct stat st;
-    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+/* All but weights. */
+static enum err link_words(void *arg, const char *path, const char *name, char *msg, size_t msg_len) {
+    return strstr(name, ".safetensors") ? OK : link_file(arg, path, name, msg, msg_len);
 }
 
 enum err record_base(const char *path, const char *name, cJSON **base, cJSON **files, char *msg,
                      size_t msg_len) {
     cJSON *o = NULL, *list = NULL;
     enum err e;
-    if (is_folder(path)) {
+    if (folder_is(path)) {
         o = cJSON_CreateNull();
         list = cJSON_CreateArray();
         e = each_file(path, list_file, list, msg, msg_len);
@@ -114,18 +114,25 @@ enum err record_base(const char *path, const char *name, cJSON **base, cJSON **f
 }
 
 /* ---- tensors ---- */
+/* Maps and mixing as they are in the end. */
+static const float *layer_maps(const struct run *run, int layer) {
+    const float *w = run->fine ? run->fine->w : run->training->w;
+    return w + (size_t)layer * run->training->n_layer_params;
+}
+
 static enum err write_tensors(const struct run *run, char *msg, size_t msg_len) {
+    static const char *const targets[] = {"q_proj", "k_proj", "v_proj", "o_proj"};
     const struct training *t = run->training;
     const struct attention_config *a = &run->recipe.attention;
-    int n = 3 * t->n_layers, states = a->key_map_per_query_head ? a->n_heads : a->n_kv_heads;
-    struct tensor_out *tensors = calloc((size_t)n, sizeof *tensors);
+    const struct finetune *f = run->recipe.finetune.method == FINETUNE_LOW_RANK ? run->fine : NULL;
+    int n = 0, states = a->key_map_per_query_head ? a->n_heads : a->n_kv_heads, rank = run->recipe.finetune.rank;
+    struct tensor_out *tensors = calloc((size_t)t->n_layers * (3 + 2 * N_LOW_RANK_TARGETS), sizeof *tensors);
     if (!tensors) return err_set(msg, msg_len, ERR_NOMEM, "out of memory");
     n = 0;
     for (int i = 0; i < t->n_layers; i++) {
         if (recipe_keeps_softmax(&run->recipe, i)) continue;
-        const float *w = t->w + (size_t)i * t->n_layer_params;
+        const float *w = layer_maps(run, i);
         struct tensor_out *out = tensors + n;
-        n += 3;
         out[0] = (struct tensor_out){
             .n_dims = 3, .dims = {a->n_heads, a->head_dim, a->features}, .values = w};
         out[1] = (struct tensor_out){.n_dims = 3,
@@ -137,9 +144,58 @@ static enum err write_tensors(const struct run *run, char *msg, size_t msg_len) 
                                a->mixing == MIXING_UNIFIED ? "log_mix" : "window_factor"};
         for (int k = 0; k < 3; k++)
             snprintf(out[k].name, sizeof out[k].name, "layers.%d.attn.%s", i, parts[k]);
+        n += 3;
+        for (int target = 0; f && target < N_LOW_RANK_TARGETS; target++, n += 2) {
+            struct low_rank_part p = low_rank_part(&f->base->config, rank, (enum low_rank_target)target);
+            const float *low = f->w + f->n_maps + (size_t)i * low_rank_floats(&f->base->config, rank);
+            tensors[n] = (struct tensor_out){.n_dims = 2, .dims = {rank, p.n_in}, .values = low + p.a};
+            tensors[n + 1] = (struct tensor_out){.n_dims = 2, .dims = {p.n_out, rank}, .values = low + p.b};
+            for (int k = 0; k < 2; k++)
+                snprintf(tensors[n + k].name, sizeof tensors[n].name, "layers.%d.attn.%s.lora_%c", i, targets[target],
+                         "AB"[k]);
+        }
     }
     enum err e =
         file_replace_tensors(run->folder, "hedgehog.safetensors", tensors, n, msg, msg_len);
+    free(tensors);
+    return e;
+}
+
+/* All weights, under the names and in the shapes that the base's files have them, in fp32. */
+static enum err write_network(const struct run *run, const struct base *base, char *msg, size_t msg_len) {
+    const struct network *net = run->fine->own;
+    int layers = net->config.n_layers, n = 0;
+    struct tensor_out *tensors = calloc((size_t)(layers + 1) * N_PARTS, sizeof *tensors);
+    float **turned = calloc((size_t)(layers + 1) * N_PARTS, sizeof *turned);
+    enum err e = tensors && turned ? OK : err_set(msg, msg_len, ERR_NOMEM, "out of memory");
+    for (int part = 0; !e && part < N_PARTS; part++)
+        for (int i = 0; !e && i < (part < PART_ATTN_NORM ? 1 : layers); i++) {
+            const struct base_tensor *t = base_tensor(base, (enum base_part)part, i);
+            if (!t || (part == PART_HEAD && net->config.tied)) continue;
+            struct tensor_out *out = &tensors[n++];
+            const float *w = network_part(net, (enum base_part)part, i);
+            size_t rows = (size_t)t->n_out, columns = (size_t)t->n_in;
+            bool vector = t->st->n_dims == 1;
+            *out = (struct tensor_out){.n_dims = vector ? 1 : 2, .dims = {t->n_out, t->n_in}, .values = w};
+            if (snprintf(out->name, sizeof out->name, "%s", t->name) >= (int)sizeof out->name)
+                e = err_set(msg, msg_len, ERR_FORMAT, "tensor %s: the name is too long", t->name);
+            if (!t->transposed || vector) continue;
+            float *y = turned[n - 1] = malloc(rows * columns * sizeof *y);
+            if (!y) {
+                e = err_set(msg, msg_len, ERR_NOMEM, "out of memory");
+                continue;
+            }
+            for (size_t r = 0; r < rows; r++)
+                for (size_t k = 0; k < columns; k++)
+                    y[k * rows + r] = w[r * columns + k];
+            out->dims[0] = t->n_in;
+            out->dims[1] = t->n_out;
+            out->values = y;
+        }
+    if (!e) e = file_replace_tensors(run->folder, "model.safetensors", tensors, n, msg, msg_len);
+    for (int i = 0; turned && i < n; i++)
+        free(turned[i]);
+    free(turned);
     free(tensors);
     return e;
 }
@@ -189,8 +245,7 @@ static cJSON *mix_json(const struct run *run) {
     const struct training *t = run->training;
     cJSON *layers = cJSON_CreateArray();
     for (int i = 0; i < t->n_layers; i++) {
-        const float *mix =
-            t->w + (size_t)i * t->n_layer_params + student_mix(&run->recipe.attention);
+        const float *mix = layer_maps(run, i) + student_mix(&run->recipe.attention);
         cJSON *row = cJSON_CreateArray();
         for (int h = 0; h < t->n_heads; h++)
             cJSON_AddItemToArray(
@@ -222,6 +277,32 @@ static cJSON *curve_json(const struct run *run) {
     return o;
 }
 
+static cJSON *finetune_json(const struct run *run, bool whole) {
+    if (!run->fine) return cJSON_CreateNull();
+    const struct finetune_recipe *r = &run->recipe.finetune;
+    cJSON *o = cJSON_CreateObject(), *curve = cJSON_CreateObject();
+    int64_t read = 0;
+    for (int64_t i = 0; i < run->fine->step; i++)
+        read += run->fine_curve[i].tokens;
+    cJSON_AddNumberToObject(o, "tokens_read", (double)read);
+    cJSON_AddItemToObject(o, "loss_before", number(rounded(run->fine_before)));
+    cJSON_AddItemToObject(o, "loss_after", number(rounded(run->fine_after)));
+    cJSON *loss = cJSON_AddArrayToObject(curve, "loss"), *norm = cJSON_AddArrayToObject(curve, "gradient_norm"),
+          *rate = cJSON_AddArrayToObject(curve, "lr"), *tokens = cJSON_AddArrayToObject(curve, "tokens");
+    for (int64_t i = 0; whole && i < run->fine->step; i++) {
+        const struct fine_point *p = &run->fine_curve[i];
+        cJSON_AddItemToArray(loss, number(rounded(p->loss)));
+        cJSON_AddItemToArray(norm, number(rounded(p->norm)));
+        cJSON_AddItemToArray(rate, number(rounded(recipe_rate_of(&run->recipe, r->steps, i) * r->lr)));
+        cJSON_AddItemToArray(tokens, number((double)p->tokens));
+    }
+    if (whole)
+        cJSON_AddItemToObject(o, "curve", curve);
+    else
+        cJSON_Delete(curve);
+    return o;
+}
+
 static cJSON *conversion_json(const struct run *run, const char *name, double seconds) {
     cJSON *o = cJSON_CreateObject();
     cJSON_AddNumberToObject(o, "format", 1);
@@ -235,6 +316,7 @@ static cJSON *conversion_json(const struct run *run, const char *name, double se
     cJSON_AddItemToObject(o, "curve", curve_json(run));
     cJSON_AddItemToObject(o, "before", heads_json(run, run->before));
     cJSON_AddItemToObject(o, "after", heads_json(run, run->after));
+    cJSON_AddItemToObject(o, "finetune", finetune_json(run, true));
     cJSON_AddItemToObject(
         o, run->recipe.attention.mixing == MIXING_UNIFIED ? "log_mix" : "window_factor",
         mix_json(run));
@@ -242,6 +324,17 @@ static cJSON *conversion_json(const struct run *run, const char *name, double se
 }
 
 /* ---- urchin.json ---- */
+static cJSON *low_rank_json(const struct run *run) {
+    static const char *const targets[] = {"q_proj", "k_proj", "v_proj", "o_proj"};
+    const struct finetune_recipe *r = &run->recipe.finetune;
+    if (!run->fine || r->method != FINETUNE_LOW_RANK) return cJSON_CreateNull();
+    cJSON *o = cJSON_CreateObject();
+    cJSON_AddNumberToObject(o, "rank", r->rank);
+    cJSON_AddNumberToObject(o, "scale", r->scale);
+    cJSON_AddItemToObject(o, "targets", cJSON_CreateStringArray(targets, N_LOW_RANK_TARGETS));
+    return o;
+}
+
 static cJSON *urchin_json(const struct run *run, const char *name) {
     cJSON *o = cJSON_CreateObject(), *training, *kl;
     cJSON_AddNumberToObject(o, "format", 1);
@@ -249,11 +342,11 @@ static cJSON *urchin_json(const struct run *run, const char *name) {
     cJSON_AddItemToObject(
         o, "base", cJSON_Duplicate(cJSON_GetObjectItemCaseSensitive(run->identity, "base"), true));
     cJSON_AddItemToObject(o, "attention", recipe_attention_json(&run->recipe));
-    cJSON_AddNullToObject(o, "low_rank");
+    cJSON_AddItemToObject(o, "low_rank", low_rank_json(run));
     training = cJSON_AddObjectToObject(o, "training");
     cJSON_AddStringToObject(training, "urchin", URCHIN_VERSION);
-    static const char *const kept[] = {"base_files", "text", "attention_transfer"};
-    for (int i = 0; i < 3; i++) {
+    static const char *const kept[] = {"base_files", "text", "attention_transfer", "finetune"};
+    for (int i = 0; i < 4; i++) {
         const cJSON *part = cJSON_GetObjectItemCaseSensitive(run->identity, kept[i]);
         if (part) cJSON_AddItemToObject(training, kept[i], cJSON_Duplicate(part, true));
     }
@@ -263,18 +356,21 @@ static cJSON *urchin_json(const struct run *run, const char *name) {
                           number(rounded(run->share * training_kl(run->training, run->before))));
     cJSON_AddItemToObject(kl, "after",
                           number(rounded(run->share * training_kl(run->training, run->after))));
+    if (run->fine) cJSON_AddItemToObject(training, "finetuned", finetune_json(run, false));
     cJSON_AddStringToObject(training, "record", "conversion.json");
     return o;
 }
 
-enum err record_write(const struct run *run, const char *base_path, const char *name,
+enum err record_write(const struct run *run, const struct base *base, const char *base_path, const char *name,
                       double seconds, char *msg, size_t msg_len) {
+    bool full = run->fine && run->fine->own;
     enum err e = write_tensors(run, msg, msg_len);
+    if (!e && full) e = write_network(run, base, msg, msg_len);
     cJSON *conversion = e ? NULL : conversion_json(run, name, seconds);
     if (!e) e = file_replace_json(run->folder, "conversion.json", conversion, msg, msg_len);
     cJSON_Delete(conversion);
-    if (!e && is_folder(base_path))
-        e = each_file(base_path, link_file, (char *)run->folder, msg, msg_len);
+    if (!e && folder_is(base_path))
+        e = each_file(base_path, full ? link_words : link_file, (char *)run->folder, msg, msg_len);
     else if (!e)
         e = file_link(run->folder, last_part(base_path), base_path, msg, msg_len);
     cJSON *urchin = e ? NULL : urchin_json(run, name);

@@ -3,6 +3,7 @@
 #define URCHIN_CONVERT_RUN_H
 
 #include "convert/corpus.h"
+#include "convert/finetune.h"
 #include "convert/training.h"
 #include "model/model.h"
 
@@ -12,6 +13,11 @@ struct point {      /* one step of the training curve; means over layers, heads 
                        loss */
     double norm;    /* mean gradient norm of a layer, before clipping */
     int64_t tokens; /* read in this step */
+};
+
+struct fine_point { /* the same of fine-tuning: mean loss over rows, norm of the whole gradient */
+    double loss, norm;
+    int64_t tokens;
 };
 
 struct run {
@@ -24,6 +30,11 @@ struct run {
     struct student_sums *before, *after; /* [n_layers][n_heads], owned: the probe at the first and
                                             behind the last step */
     double share;                        /* of the probe's rows that have linear keys */
+    bool transferred;                    /* attention transfer is done: `after` holds */
+    bool fine_begun;                     /* the checkpoint that was loaded holds a part of fine-tuning */
+    struct finetune *fine;               /* owned; NULL: none, or not yet */
+    struct fine_point *fine_curve;       /* [recipe.finetune.steps], owned */
+    double fine_before, fine_after;      /* loss of the probe's packs */
     double seconds;                      /* that earlier runs took */
 };
 
@@ -35,6 +46,9 @@ enum err checkpoint_save(const struct run *run, double seconds, char *msg, size_
 /* Goes on from folder/checkpoint where there is one: *found.  ERR_ARG: it is another conversion's
  * (the sentence names the first setting that differs), ERR_FORMAT: it is damaged. */
 enum err checkpoint_load(struct run *run, bool *found, char *msg, size_t msg_len);
+
+/* What it says of fine-tuning, where run->fine_begun was set by that and run->fine is there. */
+enum err checkpoint_load_fine(struct run *run, char *msg, size_t msg_len);
 void checkpoint_remove(const struct run *run);
 
 /* ---- record.c ---- */
@@ -44,9 +58,9 @@ void checkpoint_remove(const struct run *run);
 enum err record_base(const char *path, const char *name, cJSON **base, cJSON **files, char *msg,
                      size_t msg_len);
 
-/* hedgehog.safetensors, conversion.json, what links to the base, and last urchin.json, which makes
+/* hedgehog.safetensors (and with all weights trained model.safetensors: base is open then), conversion.json, what links to the base, and last urchin.json, which makes
  * the folder a model. */
-enum err record_write(const struct run *run, const char *base_path, const char *name,
+enum err record_write(const struct run *run, const struct base *base, const char *base_path, const char *name,
                       double seconds, char *msg, size_t msg_len);
 
 #endif

@@ -19,7 +19,7 @@
 #define STORIES "tests/data/models/stories260k"
 #define TEXT "tests/data/text/tinystories-valid-head.txt"
 #define STORIES_CONVERT                                                                            \
-    "convert", STORIES, "--text", TEXT, "--weights", "fp32", "--kv-type", "fp32", "--window-size", \
+    "convert", STORIES, "--text", TEXT, "--weights", "fp32", "--kv-type", "fp32", "--finetune", "none", "--window-size", \
         "32", "--cache-size", "16"
 
 static struct team *team;
@@ -267,7 +267,7 @@ static void test_every_recipe_converts_every_architecture(void **state) {
                 const char *window = r == 2 ? "0" : "8";
                 CONVERTED("convert", gguf ? file : base, "--text", in("letters.txt"), "--out", out,
                           "--recipe", recipes[r], "--steps", "3", "--window-size", window,
-                          "--cache-size", r ? "0" : "8", "--rows", "11");
+                          "--cache-size", r ? "0" : "8", "--rows", "11", "--finetune-steps", "2", "--finetune", gguf ? "low-rank" : r ? "full" : "low-rank");
                 reads(out);
             }
 }

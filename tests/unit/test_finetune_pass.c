@@ -39,6 +39,7 @@ struct rig {
     struct rope *rope;
     struct attention_config attention;
     struct network *teacher, *network, *dnetwork;
+    float *values, *dvalues; /* of the last two */
     float *maps, *dmaps, *low, *dlow;
     size_t n_maps, n_low;
     struct pupil *pupil;
@@ -62,8 +63,12 @@ static void rig_new(struct rig *r, const char *type, struct attention_config a, 
     if (c->architecture == BASE_GPT2) r->attention.max_distance = 0;
     if (attention_config_check(&r->attention, msg, sizeof msg)) fail_msg("%s", msg);
     if (network_read(&r->teacher, r->base, team, msg, sizeof msg)) fail_msg("%s", msg);
-    assert_int_equal(network_copy(&r->network, r->teacher, true), OK);
-    assert_int_equal(network_copy(&r->dnetwork, r->teacher, false), OK);
+    size_t n_values = r->teacher->n_values;
+    r->values = calloc(n_values, sizeof *r->values);
+    r->dvalues = calloc(n_values, sizeof *r->dvalues);
+    memcpy(r->values, r->teacher->values, n_values * sizeof *r->values);
+    assert_int_equal(network_over(&r->network, r->teacher, r->values), OK);
+    assert_int_equal(network_over(&r->dnetwork, r->teacher, r->dvalues), OK);
     if (full) { /* away from the teacher */
         float *noise = calloc(r->network->n_values, sizeof *noise);
         fill(noise, r->network->n_values, 0.05f, 9);
@@ -103,6 +108,7 @@ static void rig_new(struct rig *r, const char *type, struct attention_config a, 
 static void rig_free(struct rig *r) {
     pupil_free(r->pupil);
     network_free(r->teacher), network_free(r->network), network_free(r->dnetwork);
+    free(r->values), free(r->dvalues);
     free(r->maps), free(r->dmaps), free(r->low), free(r->dlow);
     rope_free(r->rope);
     base_close(r->base);
