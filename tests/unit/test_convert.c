@@ -1,146 +1,18 @@
 /* test_convert.c - `urchin convert` from the command line's words to a folder that opens. */
 #include "checkpoints.h"
 #include "config/json.h"
-#include "convert/convert.h"
 #include "convert/corpus.h"
 #include "convert/reading.h"
+#include "convert_testing.h"
 #include "model/safetensors.h"
-#include "model_files.h"
 
-#include <fcntl.h>
-#include <math.h>
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <sys/resource.h>
 
-#include <cmocka.h>
-
-#define STORIES "tests/data/models/stories260k"
-#define TEXT "tests/data/text/tinystories-valid-head.txt"
 #define STORIES_CONVERT                                                                            \
     "convert", STORIES, "--text", TEXT, "--weights", "fp32", "--kv-type", "fp32", "--finetune", "none", "--window-size", \
         "32", "--cache-size", "16"
 
-static struct team *team;
-static char folder[64], said[4096];
-
-static const char *in(const char *name) {
-    static char paths[8][PATH_MAX];
-    static int turn;
-    char *path = paths[turn++ % 8];
-    snprintf(path, PATH_MAX, "%s/%s", folder, name);
-    return path;
-}
-
-static int new_folder(void **state) {
-    (void)state;
-    strcpy(folder, "/tmp/urchin-convert-XXXXXX");
-    return mkdtemp(folder) ? 0 : -1;
-}
-static int remove_folder(void **state) {
-    char command[128];
-    (void)state;
-    snprintf(command, sizeof command, "rm -r %s", folder);
-    return system(command);
-}
-
-/* Runs the command; what it writes to stderr lands in `said`, what to stdout nowhere. */
-static int convert_on(struct team *on, const char *const *args) {
-    struct settings s;
-    bool help;
-    int n = 0;
-    while (args[n])
-        n++;
-    if (settings_load(&s, n, (char **)args, &help, said, sizeof said)) fail_msg("%s", said);
-    fflush(stderr);
-    fflush(stdout);
-    int err = dup(2), out = dup(1), file = open(in("said"), O_RDWR | O_CREAT | O_TRUNC, 0600),
-        null = open("/dev/null", O_WRONLY);
-    dup2(file, 2);
-    dup2(null, 1);
-    int status = convert_main(&s, on);
-    fflush(stderr);
-    fflush(stdout);
-    dup2(err, 2);
-    dup2(out, 1);
-    ssize_t len = pread(file, said, sizeof said - 1, 0);
-    said[len > 0 ? len : 0] = 0;
-    close(err), close(out), close(file), close(null);
-    settings_free(&s);
-    return status;
-}
-#define CONVERT(...) convert_on(team, (const char *const[]){__VA_ARGS__, NULL})
-#define CONVERTED(...)                                                                             \
-    do {                                                                                           \
-        if (CONVERT(__VA_ARGS__)) fail_msg("%s", said);                                            \
-    } while (0)
-#define REFUSED(says, ...)                                                                         \
-    do {                                                                                           \
-        assert_int_equal(CONVERT(__VA_ARGS__), 1);                                                 \
-        if (!strstr(said, says)) fail_msg("'%s' does not say '%s'", said, says);                   \
-    } while (0)
-
-static bool is_there(const char *path) {
-    return access(path, F_OK) == 0;
-}
-
-static struct bytes contents(const char *path) {
-    struct bytes b = {0};
-    char block[4096];
-    FILE *file = fopen(path, "rb");
-    if (!file) fail_msg("%s is not there", path);
-    for (size_t n; (n = fread(block, 1, sizeof block, file)) > 0;)
-        put(&b, block, n);
-    fclose(file);
-    return b;
-}
-
-static void assert_same_file(const char *a, const char *b) {
-    struct bytes x = contents(a), y = contents(b);
-    assert_int_equal(x.len, y.len);
-    assert_memory_equal(x.at, y.at, x.len);
-    free(x.at);
-    free(y.at);
-}
-
-static struct model *open_model(const char *path) {
-    struct model_options o;
-    model_options_init(&o);
-    o.path = path;
-    o.weights = WEIGHT_FP32;
-    o.kv_type = KV_FP32;
-    o.max_rows = o.max_logits = READING_ROWS;
-    o.n_slots = 1;
-    o.team = team;
-    struct model *m = NULL;
-    char msg[512] = "";
-    if (model_open(&m, &o, msg, sizeof msg)) fail_msg("%s", msg);
-    return m;
-}
-
-/* Mean KL of the model's next-token rows to the base's, over the head of the text. */
-static double divergence(const char *path) {
-    struct model *m = open_model(path), *base = open_model(STORIES);
-    struct bytes text = contents(TEXT);
-    int32_t *ids;
-    size_t n;
-    char msg[512] = "";
-    assert_int_equal(tokenize(model_tokenizer(m), (char *)text.at, text.len, 0, &ids, &n), OK);
-    struct text t = {ids, 6000, tokenizer_bos(model_tokenizer(m))};
-    struct reader readers[] = {{.name = "base", .model = base, .linear = true},
-                               {.name = "pupil", .model = m, .linear = true}};
-    struct score scores[2] = {{0}, {0}};
-    for (int i = 0; i < 2; i++)
-        readers[i].context = 512, readers[i].stride = 511;
-    if (read_text(team, readers, 2, true, &t, INT64_MAX, scores, 1, msg, sizeof msg))
-        fail_msg("%s", msg);
-    free(ids);
-    free(text.at);
-    model_close(m);
-    model_close(base);
-    return score_mean_kl(&scores[1]);
-}
 
 /* ---- what it is for ---- */
 
@@ -460,8 +332,6 @@ static void test_a_full_disk_leaves_nothing_half_written(void **state) {
     if (!strstr(said, "cannot write")) fail_msg("%s", said);
     assert_int_equal(rmdir(in("out")), 0); /* nothing in it */
 }
-
-#define IN_FOLDER(name) cmocka_unit_test_setup_teardown(name, new_folder, remove_folder)
 
 int main(void) {
     if (team_new(&team, 2)) return 1;
