@@ -1,8 +1,5 @@
 /* test_convert.c - `urchin convert` from the command line's words to a folder that opens. */
 #include "checkpoints.h"
-#include "config/json.h"
-#include "convert/corpus.h"
-#include "convert/reading.h"
 #include "convert_testing.h"
 #include "model/safetensors.h"
 
