@@ -35,6 +35,7 @@ struct heads {
     struct attention *attention;
     struct attention_config config;
     int n_layers, group, states; /* query heads and states of a kv head */
+    int *own;                    /* [n_layers] the layer's number in attention; -1: it kept softmax */
     int max_tokens, max_rows, n_tokens, n_rows, n_blocks, columns, lanes, fl;
     size_t q_floats, kv_floats;
     int *rows;     /* [max_rows] positions, ascending */
@@ -154,11 +155,14 @@ enum err heads_new(struct heads **out, struct model *model, struct team *team, i
                      sizeof *h->sets);
     h->positions = calloc((size_t)c->cache_size + 1, sizeof *h->positions);
     h->sums = calloc(L * (size_t)c->n_heads, sizeof *h->sums);
-    if (!h->kv || !h->q || !h->rows || !h->cosines || !h->sines || !h->far_cosines ||
+    h->own = calloc(L, sizeof *h->own);
+    if (!h->own || !h->kv || !h->q || !h->rows || !h->cosines || !h->sines || !h->far_cosines ||
         !h->far_sines || !h->sets || !h->positions || !h->sums || take_rooms(h)) {
         heads_free(h);
         return ERR_NOMEM;
     }
+    for (int layer = 0, n = 0; layer < info->n_layers; layer++)
+        h->own[layer] = info->softmax_layers && info->softmax_layers[layer] ? -1 : n++;
     const struct rope *rope = model_rope(model);
     for (size_t p = 0; rope && p < T; p++)
         rope_angles(rope, (int64_t)p, h->cosines + p * (D / 2), h->sines + p * (D / 2));
@@ -181,6 +185,7 @@ void heads_free(struct heads *h) {
     free(h->sets);
     free(h->positions);
     free(h->sums);
+    free(h->own);
     free(h);
 }
 
@@ -222,8 +227,9 @@ static void note_caches(struct heads *h, int slot, int block) {
     for (int layer = 0; layer < h->n_layers; layer++)
         for (int kv = 0; kv < h->config.n_kv_heads; kv++) {
             int32_t *set = set_of(h, layer, kv, block);
-            int n = attention_cache_positions(h->attention, model_slot(h->model, slot), layer, kv,
-                                              h->positions);
+            if (h->own[layer] < 0) continue;
+            int n = attention_cache_positions(h->attention, model_slot(h->model, slot),
+                                              h->own[layer], kv, h->positions);
             for (int i = 0; i < h->config.cache_size; i++)
                 set[i] = i < n ? (int32_t)h->positions[i] : -1;
         }
@@ -317,7 +323,7 @@ static void add_bias(float *u, const float *bias, int n, int fl) {
 
 static void key_features(const struct task *t, int state) {
     const struct heads *h = t->h;
-    const struct attention_weights *w = attention_weights_of(h->attention, t->layer);
+    const struct attention_weights *w = attention_weights_of(h->attention, h->own[t->layer]);
     struct room *r = t->r;
     size_t fl = (size_t)h->fl, head = (size_t)t->kv_head * (size_t)h->states + (size_t)state;
     const float *map = w->map_k + head * (size_t)t->D * fl;
@@ -331,7 +337,7 @@ static void key_features(const struct task *t, int state) {
 /* The row's q in its three forms, and phi_q; returns by how much its exponents were lowered. */
 static float query_features(const struct task *t, int row, int head) {
     const struct heads *h = t->h;
-    const struct attention_weights *w = attention_weights_of(h->attention, t->layer);
+    const struct attention_weights *w = attention_weights_of(h->attention, h->own[t->layer]);
     struct room *r = t->r;
     size_t D = (size_t)t->D, fl = (size_t)h->fl;
     const float *q = h->q + ((size_t)t->layer * (size_t)h->n_rows + (size_t)row) * h->q_floats +
@@ -469,7 +475,7 @@ static void add_errors(const struct task *t, int n_keys, float linear, struct he
 static void weigh_row(const struct task *t, int row, int head, struct head_sums *sums) {
     struct heads *h = t->h;
     struct room *r = t->r;
-    const struct attention_weights *w = attention_weights_of(h->attention, t->layer);
+    const struct attention_weights *w = attention_weights_of(h->attention, h->own[t->layer]);
     int position = h->rows[row], n_keys = position + 1, width = round_up(n_keys, TILE);
     size_t columns = (size_t)h->columns;
     float reach = query_features(t, row, head);
@@ -549,7 +555,7 @@ static void measure_share(void *arg, int thread, int n_threads) {
     for (int i = thread; i < h->n_layers * n_kv; i += n_threads) {
         t.layer = i / n_kv;
         t.kv_head = i % n_kv;
-        measure(&t);
+        if (h->own[t.layer] >= 0) measure(&t);
     }
 }
 

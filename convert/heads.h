@@ -20,7 +20,7 @@
  * softmax is.  (Hedgehog, arXiv:2402.04347, asks it of a map and gives no number for it.) mass of p
  * and of a on sinks, window, cache and state (the linear keys)
  *
- * On the CPU, with Hedgehog attention only. */
+ * On the CPU, with Hedgehog attention only; sums of layers that kept softmax stay 0. */
 #ifndef URCHIN_CONVERT_HEADS_H
 #define URCHIN_CONVERT_HEADS_H
 

@@ -102,7 +102,10 @@ static void table_heads(FILE *out, const struct report *r, int reader) {
     for (int i = 0; i < h->n_layers; i++) {
         struct head_sums sum = head_sums_of(h->sums + (size_t)i * (size_t)h->n_heads, h->n_heads);
         fprintf(out, "  %-7d", i);
-        line_of_heads(out, &sum);
+        if (sum.n_rows > 0)
+            line_of_heads(out, &sum);
+        else
+            fputs(" keeps softmax\n", out);
     }
     struct head_sums sum = head_sums_of(h->sums, h->n_layers * h->n_heads);
     fprintf(out, "  %-7s", "all");
