@@ -50,7 +50,7 @@ struct span { /* entries first .. first + count - 1 */
 
 /* Memory that is read soon, by another question: a product asks for some of it beside each of its
  * own steps, so that neither waits.  The last range first. */
-enum { MAX_AHEAD = 5 };
+enum { MAX_AHEAD = 7 };
 struct ahead {
     struct range {
         const char *at, *end;

@@ -332,25 +332,38 @@ void memory_append(const struct layer_job *job, const struct segment *segment, i
     }
 }
 
+static void add_range(struct ahead *ahead, const void *base, size_t from, size_t to) {
+    ahead->range[ahead->n++] = (struct range){(const char *)base + from, (const char *)base + to};
+}
+
+/* Entries first .. end - 1. */
+static void add_entries(const struct attention *a, const struct memory *m, struct ahead *ahead,
+                        int first, int end) {
+    size_t row = (size_t)a->shape.lanes * element_bytes(a),
+           tile = (size_t)TILE * a->shape.head_dim * element_bytes(a);
+    add_range(ahead, m->values, (size_t)first * row, (size_t)end * row);
+    add_range(ahead, m->turned, (size_t)(first / TILE) * tile,
+              (size_t)((end + TILE - 1) / TILE) * tile);
+}
+
 struct ahead memory_ahead(const struct attention *a, const struct segment *segment, int layer,
                           int kv_head) {
     const struct layout *l = &a->layout;
     struct memory m = memory_of(a, a->runs[segment->run].slot, layer, kv_head);
     struct ahead ahead = {0};
-    const char *values = m.values, *turned = m.turned, *keys = m.keys, *state = (char *)m.state;
     if (a->config.kind != ATTENTION_HEDGEHOG) return ahead; /* as long as the text */
-    int place = l->sinks + l->cache + (int)(segment->position % l->ring);
+    int w = a->config.window_size, ring = l->sinks + l->cache;
+    int place = ring + (int)(segment->position % l->ring), end = place + segment->n_rows;
     size_t tile = (size_t)TILE * a->shape.head_dim * element_bytes(a);
     if (memory_folded(a, segment->position) > 0)
-        ahead.range[ahead.n++] = (struct range){
-            state, state + (size_t)a->state_heads * l->state_floats * sizeof(float)};
-    ahead.range[ahead.n++] = (struct range){values, values + l->values_bytes};
-    ahead.range[ahead.n++] = (struct range){turned, turned + l->keys_bytes};
-    if (keys != turned) /* where the next key goes */
-        ahead.range[ahead.n++] =
-            (struct range){keys + place / TILE * tile, keys + (place / TILE + 1) * tile};
-    ahead.range[ahead.n++] =
-        (struct range){(char *)m.positions, (char *)(m.positions + l->cache)};
+        add_range(&ahead, m.state, 0,
+                  (size_t)a->state_heads * l->state_floats * sizeof *m.state);
+    if (place < ring + w && segment->position >= w) /* the block before is the second half */
+        add_entries(a, &m, &ahead, ring + w, ring + 2 * w);
+    add_entries(a, &m, &ahead, 0, end);
+    if (m.keys != m.turned) /* where the next key goes */
+        add_range(&ahead, m.keys, (size_t)(place / TILE) * tile, (size_t)(place / TILE + 1) * tile);
+    add_range(&ahead, m.positions, 0, (size_t)l->cache * sizeof *m.positions);
     return ahead;
 }
 
