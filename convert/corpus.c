@@ -67,6 +67,39 @@ static enum err add_document(struct opening *o, bool jsonl, size_t at, size_t le
     return OK;
 }
 
+struct ids {
+    int32_t *at; /* owned */
+    size_t n;
+};
+
+/* A conversation in the model's chat format; most: bytes that are taken of each message. */
+static enum err messages_ids(const struct corpus *c, const struct json *messages, size_t most,
+                             struct ids *out, char *msg, size_t msg_len) {
+    size_t n = (size_t)json_size(messages), i = 0;
+    struct chat_message *list = calloc(n + 1, sizeof *list);
+    if (!list) return ERR_NOMEM;
+    for (const struct json *m = json_child(messages); m; m = json_next(m), i++) {
+        const char *content = json_string(json_get(m, "content"));
+        size_t len = strlen(content);
+        list[i] = (struct chat_message){json_string(json_get(m, "role")), content,
+                                        len < most ? len : most};
+    }
+    enum err e =
+        chat_render(c->options.chat, list, n, false, false, &out->at, &out->n, msg, msg_len);
+    free(list);
+    return e;
+}
+
+/* Can the chat format place its roles?  Contents make no difference, so they are cut short. */
+static enum err check_messages(struct opening *o, const struct json *messages, const char *where) {
+    char why[300] = "";
+    struct ids ids = {0};
+    enum err e = messages_ids(o->c, messages, 1, &ids, why, sizeof why);
+    free(ids.at);
+    if (e == ERR_NOMEM) return no_memory(o);
+    return e ? FAIL(o, ERR_FORMAT, "%s: %s", where, why) : OK;
+}
+
 /* Is a line of JSON one of the two kinds?  Whatever it holds is looked at again when it is drawn.
  */
 static enum err check_line(struct opening *o, const char *line, size_t len, const char *where) {
@@ -77,16 +110,22 @@ static enum err check_line(struct opening *o, const char *line, size_t len, cons
     bool good = json_string(json_get(root, "text")) || json_type(messages) == JSON_ARRAY;
     for (const struct json *m = json_child(messages); good && m; m = json_next(m))
         good = json_string(json_get(m, "role")) && json_string(json_get(m, "content"));
+    bool chat = good && !json_string(json_get(root, "text"));
+    if (chat) e = check_messages(o, messages, where);
     json_free(root);
-    if (good) return OK;
+    if (good) return e;
     return FAIL(o, ERR_FORMAT,
                 "%s: neither \"text\" nor \"messages\" with a role and a content each", where);
+}
+
+static size_t byte_order_mark(const struct source *s) { /* bytes of it in front */
+    return s->file.len >= 3 && !memcmp(s->file.bytes, "\xEF\xBB\xBF", 3) ? 3 : 0;
 }
 
 static enum err add_lines(struct opening *o, const struct source *s) {
     const char *text = s->file.bytes;
     size_t number = 0;
-    for (size_t at = 0, len; at < s->file.len; at += len + 1) {
+    for (size_t at = byte_order_mark(s), len; at < s->file.len; at += len + 1) {
         const char *end = memchr(text + at, '\n', s->file.len - at);
         len = end ? (size_t)(end - text) - at : s->file.len - at;
         size_t used = len;
@@ -126,7 +165,8 @@ static enum err add_file(struct opening *o, const char *path, bool named) {
     if (!(s->path = strdup(path))) return no_memory(o);
     sha256_hex(s->file.len ? s->file.bytes : "", s->file.len, s->sha256);
     if (ends_with(path, ".jsonl")) return add_lines(o, s);
-    return add_document(o, false, 0, s->file.len);
+    size_t mark = byte_order_mark(s);
+    return add_document(o, false, mark, s->file.len - mark);
 }
 
 static enum err add_path(struct opening *o, const char *path, bool named, int depth);
@@ -258,11 +298,6 @@ static const struct document *document_at(const struct corpus *c, uint64_t byte)
     return &c->documents[low];
 }
 
-struct ids {
-    int32_t *at; /* owned */
-    size_t n;
-};
-
 /* A place to begin near from: behind a line end, else a space, else between two characters. */
 static size_t begin_near(const char *text, size_t len, size_t from) {
     enum { NEAR = 400 };
@@ -296,17 +331,7 @@ static enum err line_ids(const struct corpus *c, const char *line, size_t len, i
     if (text) {
         e = text_ids(c, text, strlen(text), room, draw, out);
     } else {
-        size_t n = (size_t)json_size(messages), i = 0;
-        struct chat_message *list = calloc(n + 1, sizeof *list);
-        for (const struct json *m = json_child(messages); list && m; m = json_next(m), i++) {
-            const char *content = json_string(json_get(m, "content"));
-            list[i] =
-                (struct chat_message){json_string(json_get(m, "role")), content, strlen(content)};
-        }
-        e = list ? chat_render(c->options.chat, list, n, false, false, &out->at, &out->n, msg,
-                               msg_len)
-                 : ERR_NOMEM;
-        free(list);
+        e = messages_ids(c, messages, SIZE_MAX, out, msg, msg_len);
     }
     json_free(root);
     return e;

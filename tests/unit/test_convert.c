@@ -273,6 +273,16 @@ static void test_what_is_missing_or_malformed_is_named(void **state) {
     REFUSED("bad.jsonl:2", "convert", STORIES, "--text", in("bad.jsonl"), "--out", in("out"));
     write_text(in("bad.jsonl"), "{\"text\": \"a\"}\n\n{\"text\": \n");
     REFUSED("bad.jsonl:3", "convert", STORIES, "--text", in("bad.jsonl"), "--out", in("out"));
+    write_text(in("bad.jsonl"),
+               "\xEF\xBB\xBF{\"text\": \"a mark in front is none of the text\"}\r\n"
+               "{\"messages\": [{\"role\": \"bot\", \"content\": \"a\"}]}\r\n");
+    REFUSED("bad.jsonl:2: messages[0].role \"bot\"", "convert", STORIES, "--text", in("bad.jsonl"),
+            "--out", in("out"));
+    write_text(in("bad.jsonl"), "{\"messages\": []}\n");
+    REFUSED("bad.jsonl:1: messages is empty", "convert", STORIES, "--text", in("bad.jsonl"),
+            "--out", in("out"));
+    write_text(in("bad.jsonl"), "{\"messages\": [{\"role\": \"user\", \"content\": null}]}\n");
+    REFUSED("bad.jsonl:1", "convert", STORIES, "--text", in("bad.jsonl"), "--out", in("out"));
     write_bytes(in("zeros"), "a\0b", 3);
     REFUSED("zero bytes", "convert", STORIES, "--text", in("zeros"), "--out", in("out"));
     write_text(in("short.txt"), "Too short to learn from.");
