@@ -9,6 +9,7 @@
 
 #include "attention/gpu_attention.h"
 #include "model/options.h"
+#include "tests/unit/tiny_model.h"
 
 #include <float.h>
 
@@ -341,6 +342,44 @@ static void greedy_draws_are_the_highest_logits(void **state) {
 
 /* ---- what does not fit ---- */
 
+static void layers_that_kept_softmax_run_on_the_cpu_or_not_at_all(void **state) {
+    (void)state;
+    char folder[] = "/tmp/urchin-mixed-XXXXXX", path[PATH_MAX], text[1200], msg[500] = "";
+    assert_non_null(mkdtemp(folder));
+    tiny_write(folder);
+    tiny_path(path, folder, "urchin.json");
+    snprintf(text, sizeof text,
+             "{\"format\":1,\"name\":\"tiny\",\"base\":null,\"low_rank\":null,\"attention\":%.*s,"
+             "\"softmax_layers\":[1]}}",
+             (int)strlen(TINY_ATTENTION) - 1, TINY_ATTENTION);
+    write_text(path, text);
+    struct st_writer w = {0};
+    uint32_t seed = 2;
+    tiny_put(&w, "layers.", 0, "attn.feature_map_q", 3, (int[]){TINY_HEADS, TINY_HEAD_DIM, 8}, 0.4f,
+             &seed);
+    tiny_put(&w, "layers.", 0, "attn.feature_map_k", 3, (int[]){TINY_KV_HEADS, TINY_HEAD_DIM, 8},
+             0.4f, &seed);
+    tiny_put(&w, "layers.", 0, "attn.log_mix", 1, (int[]){TINY_HEADS}, 0.5f, &seed);
+    struct bytes b = st_finish(&w);
+    tiny_path(path, folder, "hedgehog.safetensors"), write_bytes(path, b.at, b.len), free(b.at);
+
+    struct model_options o = options_for(folder, WEIGHT_FP32, team);
+    struct model *m = NULL;
+    o.n_slots = 1;
+    o.device = DEVICE_CUDA;
+    assert_int_equal(model_open(&m, &o, msg, sizeof msg), ERR_ARG);
+    assert_non_null(strstr(msg, "--device cpu"));
+    o.device = DEVICE_AUTO;
+    assert_int_equal(model_open(&m, &o, msg, sizeof msg), OK);
+    assert_string_equal(model_info(m)->device, "cpu");
+    assert_false(model_draws(m));
+    const float *logits;
+    struct model_run run = {.n_rows = 3, .tokens = (int32_t[]){1, 2, 3}, .n_logits = 1};
+    assert_int_equal(model_step(m, &run, 1, &logits), OK);
+    model_close(m);
+    tiny_remove(folder);
+}
+
 static void too_little_memory_is_a_sentence(void **state) {
     (void)state;
     struct model_options o = options_for(STORIES, WEIGHT_BF16, team);
@@ -365,6 +404,7 @@ int main(void) {
         cmocka_unit_test(sequences_move_between_devices),
         cmocka_unit_test(a_copy_goes_its_own_way),
         cmocka_unit_test(greedy_draws_are_the_highest_logits),
+        cmocka_unit_test(layers_that_kept_softmax_run_on_the_cpu_or_not_at_all),
         cmocka_unit_test(too_little_memory_is_a_sentence),
     };
     team = new_team(1);
