@@ -20,7 +20,7 @@ struct teacher {
     float *kv, *q;              /* as struct lesson has them */
     size_t kv_bytes, q_bytes;
     float *cosines, *sines, *far_cosines, *far_sines;
-    int *rows, *eligible, *answers;
+    int *rows, *scratch;
     int at,
         next_row; /* of the step in progress: its first token, the first of rows not before it */
 };
@@ -69,14 +69,13 @@ enum err teacher_new(struct teacher **out, struct model *model,
     t->kv = memory_map(t->kv_bytes);
     t->q = memory_map(t->q_bytes);
     t->rows = calloc((size_t)max_rows, sizeof *t->rows);
-    t->eligible = calloc(tokens, sizeof *t->eligible);
-    t->answers = calloc(tokens, sizeof *t->answers);
+    t->scratch = calloc(2 * tokens, sizeof *t->scratch);
     t->cosines = calloc(tokens * half + 1, sizeof *t->cosines);
     t->sines = calloc(tokens * half + 1, sizeof *t->sines);
     t->far_cosines = calloc(half + 1, sizeof *t->far_cosines);
     t->far_sines = calloc(half + 1, sizeof *t->far_sines);
-    if (!t->kv || !t->q || !t->rows || !t->eligible || !t->answers || !t->cosines || !t->sines ||
-        !t->far_cosines || !t->far_sines) {
+    if (!t->kv || !t->q || !t->rows || !t->scratch || !t->cosines || !t->sines || !t->far_cosines ||
+        !t->far_sines) {
         teacher_free(t);
         return ERR_NOMEM;
     }
@@ -92,8 +91,7 @@ void teacher_free(struct teacher *t) {
     memory_unmap(t->kv, t->kv_bytes);
     memory_unmap(t->q, t->q_bytes);
     free(t->rows);
-    free(t->eligible);
-    free(t->answers);
+    free(t->scratch);
     free(t->cosines);
     free(t->sines);
     free(t->far_cosines);
@@ -117,27 +115,25 @@ static int ascending(const void *a, const void *b) {
     return *(const int *)a - *(const int *)b;
 }
 
-/* Rows that have linear keys: all that predict a token of an answer (as many as there is room for),
- * and of the others one from each of even parts.  Returns how many have linear keys. */
-static int draw_rows(struct teacher *t, const struct pack *pack, int n_rows, int64_t seed,
-                     int stream, int64_t number) {
-    int n = 0, n_answers = 0, sinks;
+int teacher_rows(const struct attention_config *attention, const struct pack *pack, int n_rows,
+                 int64_t seed, int stream, int64_t number, int *rows, int *scratch, double *share) {
+    int n = 0, n_answers = 0, sinks, *answers = scratch, *others = scratch + pack->n;
     int64_t from;
-    int *answers = t->answers;
     for (int d = 0; d < pack->n_documents; d++)
         for (int i = pack->first[d]; i < pack->first[d + 1]; i++) {
-            if (lesson_linear_keys(&t->attention, i - pack->first[d], &sinks, &from) <= 0) continue;
+            if (lesson_linear_keys(attention, i - pack->first[d], &sinks, &from) <= 0) continue;
             bool answer = pack->weight && i + 1 < pack->first[d + 1] && pack->weight[i + 1] > 0;
             if (answer)
                 answers[n_answers++] = i;
             else
-                t->eligible[n++] = i;
+                others[n++] = i;
         }
-    int taken = draw_some(t->rows, n_rows, answers, n_answers, seed, stream, number, ANSWER_DRAWS);
-    t->n_rows = taken + draw_some(t->rows + taken, n_rows - taken, t->eligible, n, seed, stream,
-                                  number, ROW_DRAWS);
-    if (taken) qsort(t->rows, (size_t)t->n_rows, sizeof *t->rows, ascending);
-    return n + n_answers;
+    int taken = draw_some(rows, n_rows, answers, n_answers, seed, stream, number, ANSWER_DRAWS);
+    int all =
+        taken + draw_some(rows + taken, n_rows - taken, others, n, seed, stream, number, ROW_DRAWS);
+    if (taken) qsort(rows, (size_t)all, sizeof *rows, ascending);
+    *share = (double)(n + n_answers) / pack->n;
+    return all;
 }
 
 enum err teacher_read(struct teacher *t, const struct pack *pack, int n_rows, int64_t seed,
@@ -145,7 +141,8 @@ enum err teacher_read(struct teacher *t, const struct pack *pack, int n_rows, in
                       size_t msg_len) {
     if (pack->n > t->max_tokens || n_rows > t->max_rows) return ERR_ARG;
     t->n_tokens = pack->n;
-    *share = (double)draw_rows(t, pack, n_rows, seed, stream, number) / pack->n;
+    t->n_rows =
+        teacher_rows(&t->attention, pack, n_rows, seed, stream, number, t->rows, t->scratch, share);
     model_set_tap(t->model, take, t);
     t->next_row = 0;
     enum err e = OK;

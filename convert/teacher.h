@@ -18,10 +18,14 @@ enum err teacher_new(struct teacher **out, struct model *model,
 void teacher_free(struct teacher *t); /* NULL is fine */
 size_t teacher_bytes(const struct model_info *info, int max_tokens, int max_rows);
 
-/* Reads the pack and fills *out (borrowed until the next call).  n_rows query rows at most are
- * drawn, evenly over the rows that have linear keys, by chance(seed, stream, number, .); of a recall
- * text the rows that predict an answer always, as far as n_rows goes.  *share: how many of all rows
- * have linear keys, 0 .. 1. */
+/* The query rows that are compared, ascending, at most n_rows, into rows; returns how many.  They
+ * are drawn evenly over the rows that have linear keys, by chance(seed, stream, number, .); of a
+ * recall text the rows that predict an answer always, as far as n_rows goes.  *share: how many of
+ * all rows have linear keys, 0 .. 1.  scratch [2 pack->n]. */
+int teacher_rows(const struct attention_config *attention, const struct pack *pack, int n_rows,
+                 int64_t seed, int stream, int64_t number, int *rows, int *scratch, double *share);
+
+/* Reads the pack and fills *out (borrowed until the next call) for those rows. */
 enum err teacher_read(struct teacher *t, const struct pack *pack, int n_rows, int64_t seed,
                       int stream, int64_t number, struct lesson *out, double *share, char *msg,
                       size_t msg_len);
