@@ -155,7 +155,7 @@ static void table_recall(FILE *out, const struct report *r, const char *title,
         fputc('\n', out);
         for (int d = 0; d < DEPTHS; d++) {
             fprintf(out, "    at %3d to %3d %% of the text%*s", 100 * d / DEPTHS,
-                    100 * (d + 1) / DEPTHS, 6, "");
+                    100 * (d + 1) / DEPTHS, 5, "");
             for (int l = 0; l < r->n_lengths; l++)
                 print_share(out, recalled_digits(&told[i][l][d]));
             fputc('\n', out);

@@ -126,6 +126,7 @@ static const char style[] =
     ".heat table .n.plain{border:0;border-bottom:1px solid var(--edge)}"
     "tr.base th{color:var(--quiet)}"
     "tr.whole th,tr.whole td{font-weight:650}"
+    "tr.sub th{padding-left:1.2em}"
     ".warn{background:var(--warn);color:var(--warn-ink);border-radius:8px;"
     "padding:10px 14px;margin-top:18px}"
     ".keys{display:grid;gap:4px 34px;"

@@ -175,7 +175,7 @@ static void recall(struct html *h, const cJSON *readers, const char *key, const 
         html_put(h, "</tr>");
         if (is_base(r) || is_ablation(r) || !sheet_at(first_of(sheet_at(r, key)), "whole_right"))
             continue;
-        html_put(h, "<tr><th>whole answers</th>");
+        html_put(h, "<tr class=\"sub\"><th>whole answers</th>");
         cJSON_ArrayForEach(length, sheet_at(r, key))
             shade_cell(h, sheet_number(length, "whole_right"));
         html_put(h, "</tr>");
@@ -212,12 +212,13 @@ static void recall(struct html *h, const cJSON *readers, const char *key, const 
 static void added(struct html *h, const cJSON *quality) {
     static const char *const keys[] = {"own_alone",    "own_joined",    "own_added",
                                        "others_alone", "others_joined", "others_added"},
-                             *const names[] = {"alone",  "one after the other", "memories added",
-                                               "unread", "one after the other", "memories added"};
+                             *const names[] = {"alone",  "all read in turn", "memories added",
+                                               "unread", "all read in turn", "memories added"};
     const cJSON *all = sheet_at(quality, "added"), *one;
     if (!cJSON_IsArray(all) || !all->child) return;
     html_put(h,
-             "<div><h3>Texts read apart, memories added</h3><p class=\"note\">Digits right of pass "
+             "<div class=\"span\"><h3>Texts read apart, memories added</h3><p "
+             "class=\"note\">Digits right of pass "
              "keys, one in each text. "
              "Each text goes on with the memories of all others and is asked for its own key and "
              "for theirs.</p>"
