@@ -274,6 +274,30 @@ static void test_an_empty_memory_adds_nothing(void **state) {
     rig_close(&g);
 }
 
+/* dst stands in the middle of a block, with some layers' candidates scored already: of fewer than
+ * there are now.  A loaded state has no scores, so both must choose alike, to the bit. */
+static void test_what_was_scored_before_is_scored_again(void **state) {
+    (void)state;
+    struct rig g;
+    rig_open(&g, small(), 10000, N, 1, false);
+    size_t bytes = attention_state_bytes(g.a, READ);
+    float *y = rows_open(&g), *want = rows_open(&g);
+    void *a = slot_open(&g), *b = slot_open(&g), *d = slot_open(&g), *saved = malloc(bytes);
+    attention_set_cache_places(g.a, 6);
+    read_text(&g, a, 0, READ, y);
+    read_text(&g, b, SRC, READ, y);
+    attention_state_save(g.a, saved, a);
+    assert_int_equal(attention_state_load(g.a, d, saved, bytes, NULL, 0), OK);
+    attention_set_cache_places(g.a, 12);
+    assert_int_equal(attention_state_add(g.a, a, (const void *const[]){b}, 1), OK);
+    assert_int_equal(attention_state_add(g.a, d, (const void *const[]){b}, 1), OK);
+    ask(&g, a, y);
+    ask(&g, d, want);
+    assert_true(difference(&g, y, want) == 0);
+    free(a), free(b), free(d), free(y), free(want), free(saved);
+    rig_close(&g);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_state_added_to_itself_weighs_twice),
@@ -282,6 +306,7 @@ int main(void) {
         cmocka_unit_test(test_fewer_places_are_a_smaller_cache),
         cmocka_unit_test(test_what_cannot_be_added_is_refused_and_changes_nothing),
         cmocka_unit_test(test_an_empty_memory_adds_nothing),
+        cmocka_unit_test(test_what_was_scored_before_is_scored_again),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -201,6 +201,10 @@ static void test_both_rules_choose_by_their_definition(void **state) {
     choice_pick(a, &t, &plain, &normalised);
     assert_int_equal(plain, 0);
     assert_int_equal(normalised, 1);
+    double late[] = {-6, -7, -1.2}; /* a byte: -2, -0.54, -0.6 */
+    choice_pick(late, &t, &plain, &normalised);
+    assert_int_equal(plain, 2);
+    assert_int_equal(normalised, 1);
     double ties[] = {-3, -13, -2}; /* all -1 a byte */
     choice_pick(ties, &t, &plain, &normalised);
     assert_int_equal(plain, 2);
