@@ -381,6 +381,32 @@ static enum err train(struct conversion *c) {
     return fine_run(c);
 }
 
+static enum err finish(struct conversion *c) {
+    struct run *run = &c->run;
+    enum err e = record_write(run, c->base, c->settings->model, c->name, seconds_so_far(c), c->msg, c->msg_len);
+    if (e) {
+        char why[512];
+        snprintf(why, sizeof why, "%s", c->msg);
+        if (checkpoint_save(run, seconds_so_far(c), NULL, 0)) return e;
+        return FAIL(c, e,
+                    "%s; the training is kept in %s/checkpoint, the same command goes on "
+                    "from there",
+                    why, c->folder);
+    }
+    checkpoint_remove(run);
+    printf("%s: %s, %d steps; KL of attention rows to the base %.4f before training, %.4f after, "
+           "error of outputs %.3f and %.3f\n",
+           c->folder, c->name, run->recipe.steps,
+           run->share * training_kl(run->training, run->before),
+           run->share * training_kl(run->training, run->after),
+           training_error(run->training, run->before), training_error(run->training, run->after));
+    if (run->fine)
+        printf("fine-tuning, %d steps: %s %.4f before, %.4f after\n", run->recipe.finetune.steps,
+               run->recipe.finetune.next_token ? "loss of the next token" : "KL to the base's next token", run->fine_before,
+               run->fine_after);
+    return OK;
+}
+
 /* The page: the longest piece of a probe's pack, as the finished model reads it.  The base is given
  * up for it. */
 static enum err show(struct conversion *c) {
@@ -409,32 +435,6 @@ static enum err show(struct conversion *c) {
     return e ? FAIL(c, e, "%s; the model in %s is whole, its report is not", why, c->folder) : OK;
 }
 
-static enum err finish(struct conversion *c) {
-    struct run *run = &c->run;
-    enum err e = record_write(run, c->base, c->settings->model, c->name, seconds_so_far(c), c->msg, c->msg_len);
-    if (e) {
-        char why[512];
-        snprintf(why, sizeof why, "%s", c->msg);
-        if (checkpoint_save(run, seconds_so_far(c), NULL, 0)) return e;
-        return FAIL(c, e,
-                    "%s; the training is kept in %s/checkpoint, the same command goes on "
-                    "from there",
-                    why, c->folder);
-    }
-    checkpoint_remove(run);
-    printf("%s: %s, %d steps; KL of attention rows to the base %.4f before training, %.4f after, "
-           "error of outputs %.3f and %.3f\n",
-           c->folder, c->name, run->recipe.steps,
-           run->share * training_kl(run->training, run->before),
-           run->share * training_kl(run->training, run->after),
-           training_error(run->training, run->before), training_error(run->training, run->after));
-    if (run->fine)
-        printf("fine-tuning, %d steps: %s %.4f before, %.4f after\n", run->recipe.finetune.steps,
-               run->recipe.finetune.next_token ? "loss of the next token" : "KL to the base's next token", run->fine_before,
-               run->fine_after);
-    return show(c);
-}
-
 static enum err convert(struct conversion *c) {
     enum err e = check_settings(c);
     if (!e) e = take_recipe(c);
@@ -461,6 +461,7 @@ static enum err convert(struct conversion *c) {
         e = train(c);
     }
     if (!e && !c->interrupted) e = finish(c);
+    if (!e && !c->interrupted) e = show(c);
     return e;
 }
 

@@ -183,6 +183,8 @@ static void tiles(struct html *h, const cJSON *conversion, const cJSON *quality)
     tile(h, "error of attention", sheet_number(conversion, "before.attention_error_of_layers"),
          sheet_number(conversion, "after.attention_error_of_layers"),
          "share of the output's energy");
+    tile(h, "loss of fine-tuning", sheet_number(conversion, "finetune.loss_before"),
+         sheet_number(conversion, "finetune.loss_after"), "nats, before and after");
     tile(h, "tokens read", NAN, sheet_number(conversion, "tokens_read"), "in attention transfer");
     double seconds = sheet_number(conversion, "seconds"),
            threads = sheet_number(conversion, "threads");
@@ -310,7 +312,7 @@ static void recipe(struct html *h, const cJSON *document) {
     details(h, "Files of the base", sheet_at(conversion, "made_from.base_files"));
     if (conversion) {
         details(h, "Attention transfer", sheet_at(conversion, "made_from.attention_transfer"));
-        details(h, "Fine-tuning", sheet_at(conversion, "made_from.finetuning"));
+        details(h, "Fine-tuning", sheet_at(conversion, "made_from.finetune"));
         details(h, "Text", sheet_at(conversion, "made_from.text"));
     } else {
         details(h, "Training", sheet_at(model, "training"));

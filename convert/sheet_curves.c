@@ -40,7 +40,7 @@ static void curve(struct html *h, const cJSON *curves, const char *key, const ch
 
 void sheet_curves(struct html *h, const cJSON *conversion) {
     const cJSON *curves = sheet_at(conversion, "curve"),
-                *later = sheet_at(conversion, "finetuning.curve");
+                *later = sheet_at(conversion, "finetune.curve");
     if (!curves && !later) return;
     sheet_open_section(h, "Training", "A step is faint, the line is the mean of its neighbours.");
     html_put(h, "<div class=\"grid\">");
