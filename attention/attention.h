@@ -128,7 +128,7 @@ void attention_set_cache_places(struct attention *a, int places);
  *
  * srcs [n] are not dst.  ERR_ARG, nothing changed: not a terraced window, a source is farther than dst, dst's position has no
  * linear keys, or the places in use (attention_set_cache_places) do not hold all caches.  Cost: reading n + 1 memories.
- * Source: docs/convert.md; a state knows no positions only with map_before_rope. */
+ * Only with map_before_rope does a state know no positions.  What it is worth: docs/eval.md, `added`. */
 enum err attention_state_add(const struct attention *a, void *dst, const void *const *srcs, int n);
 
 /* Imposes the cache sets of every sequence: sets [n_layers][n_kv_heads][n_blocks][cache_size], positions in the cache while

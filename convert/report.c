@@ -78,13 +78,20 @@ static void table_choice(FILE *out, const struct report *r) {
 
 /* ---- heads ---- */
 
-static void line_of_heads(FILE *out, const struct head_sums *s) {
-    fprintf(out, " %7.4f %7.4f %7.4f %6.2f %6.2f", s->kl / s->n_rows, s->error / s->energy,
-            s->error_exact / s->energy, s->entropy / s->n_rows, s->entropy_own / s->n_rows);
-    if (s->n_rank > 0)
-        fprintf(out, " %6.3f", s->rank / s->n_rank);
+static void print_or_dash(FILE *out, int width, int decimals, double x) {
+    if (isfinite(x))
+        fprintf(out, " %*.*f", width, decimals, x);
     else
-        fprintf(out, " %6s", "-");
+        fprintf(out, " %*s", width, "-");
+}
+
+static void line_of_heads(FILE *out, const struct head_sums *s) {
+    print_or_dash(out, 7, 4, s->kl / s->n_rows);
+    print_or_dash(out, 7, 4, s->error / s->energy);
+    print_or_dash(out, 7, 4, s->error_exact / s->energy); /* without a window nothing is exact */
+    print_or_dash(out, 6, 2, s->entropy / s->n_rows);
+    print_or_dash(out, 6, 2, s->entropy_own / s->n_rows);
+    print_or_dash(out, 6, 3, s->rank / s->n_rank);
     for (int c = 0; c < N_KEY_CLASSES; c++)
         fprintf(out, "  %.2f/%.2f", s->softmax[c] / s->n_rows, s->own[c] / s->n_rows);
     fputc('\n', out);
@@ -119,10 +126,7 @@ static void table_heads(FILE *out, const struct report *r, int reader) {
 /* ---- recall ---- */
 
 static void print_share(FILE *out, double share) {
-    if (isnan(share))
-        fprintf(out, " %8s", "-");
-    else
-        fprintf(out, " %8.3f", share);
+    print_or_dash(out, 8, 3, share);
 }
 
 /* Digits right by length; of readers that are no ablation whole answers too, and digits by depth.
