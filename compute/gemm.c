@@ -94,14 +94,17 @@ void gemm(struct gemm_scratch *s, float *c, size_t c_row, bool add, struct gemm_
             memset(c + (size_t)i * c_row, 0, (size_t)n * sizeof *c);
         return;
     }
-    struct job job = {.scratch = s,
-                      .fn = block_fn(),
-                      .whole = {.c = c, .c_row = c_row, .add = add, .a = a, .b = b, .m = m, .n = n, .k = k}};
+    struct job job = {
+        .scratch = s,
+        .fn = block_fn(),
+        .whole = {.c = c, .c_row = c_row, .add = add, .a = a, .b = b, .m = m, .n = n, .k = k}};
     /* as wide as the tiles allow, and as many as share out evenly */
-    int threads = team_size(s->team), rounds = (n + GEMM_COLUMNS * threads - 1) / (GEMM_COLUMNS * threads);
+    int threads = team_size(s->team),
+        rounds = (n + GEMM_COLUMNS * threads - 1) / (GEMM_COLUMNS * threads);
     job.columns = up((n + rounds * threads - 1) / (rounds * threads), GEMM_TILE_COLUMNS);
     int n_column_tasks = (n + job.columns - 1) / job.columns;
-    int shares = (threads + n_column_tasks - 1) / n_column_tasks; /* narrow products are cut by rows */
+    int shares =
+        (threads + n_column_tasks - 1) / n_column_tasks; /* narrow products are cut by rows */
     job.rows = up((m + shares - 1) / shares, GEMM_TILE_ROWS);
     job.n_row_tasks = (m + job.rows - 1) / job.rows;
     job.n_tasks = job.n_row_tasks * n_column_tasks;

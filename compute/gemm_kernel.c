@@ -1,8 +1,8 @@
 /* gemm_kernel.c - one block of a product, compiled per instruction family.
  *
- * B's columns lie in tiles [k][TILE_COLUMNS], A's rows in tiles [k][TILE_ROWS], both padded with zeros; a tile of C
- * is held in registers over a whole piece of K.  (Goto and van de Geijn 2008, "Anatomy of high-performance
- * matrix multiplication".) */
+ * B's columns lie in tiles [k][TILE_COLUMNS], A's rows in tiles [k][TILE_ROWS], both padded with
+ * zeros; a tile of C is held in registers over a whole piece of K.  (Goto and van de Geijn 2008,
+ * "Anatomy of high-performance matrix multiplication".) */
 #include "compute/gemm_kernel.h"
 
 #include "compute/vec.h"

@@ -1,10 +1,12 @@
 /* attention_back.c - chunks of rows, last to first.
  *
- * With a terraced window a chunk is a block: its state is constant, and what it folds is folded before its first
- * row.  Otherwise keys are folded at every row; then a chunk has the state before it and the keys that it folds itself as
- * columns of their own, each with the row from which it counts.
+ * With a terraced window a chunk is a block: its state is constant, and what it folds is folded
+ * before its first row.  Otherwise keys are folded at every row; then a chunk has the state before
+ * it and the keys that it folds itself as columns of their own, each with the row from which it
+ * counts.
  *
- * States and their gradients lie transposed, [D + 1][F], so that features are the lanes of all products. */
+ * States and their gradients lie transposed, [D + 1][F], so that features are the lanes of all
+ * products. */
 #include "convert/attention_back.h"
 
 #include "attention/kernels.h"
@@ -28,23 +30,23 @@ struct attention_back_scratch {
     float *v, *e;                     /* [T][Vl]: [v, 1], [e, -e.y] */
     float *u, *phi_k, *dphi_k;        /* [T][fl], [T][F] twice */
     float *phi_q, *dphi_q, *reach;    /* [T][F] twice, [T] */
-    float *dq, *dq_far, *dk, *dx;     /* [T][Dl] gradients by q and k turned, and by what maps see */
-    float *dv;                        /* [T][Dl] */
-    float *states;                    /* [chunks][D + 1][F] */
-    float *w, *w_t, *dw;              /* [D][fl], [f][Dl], [D][fl] */
+    float *dq, *dq_far, *dk, *dx; /* [T][Dl] gradients by q and k turned, and by what maps see */
+    float *dv;                    /* [T][Dl] */
+    float *states;                /* [chunks][D + 1][F] */
+    float *w, *w_t, *dw;          /* [D][fl], [f][Dl], [D][fl] */
     /* of a chunk */
-    int *position;                   /* [columns] of exact entries */
-    float *keys, *plain;             /* [columns][Dl] */
-    float *keys_t, *plain_t, *v_t;   /* [D][columns] twice, [D + 1][columns] */
-    float *a, *t, *far, *t_far;      /* [rows][columns] */
-    float *de, *de_far;              /* [columns][Dl] */
-    float *e_rows;                   /* [rows][Dl]: e */
-    float *psi, *weight;             /* [rows][F], [rows] exp(c_h + ..) / N_n */
-    float *p, *ev, *beta;            /* [rows][rows]: keys that the chunk itself folds */
-    float *turned;                   /* [F][rows] or [D + 1][rows] */
-    float *fold_phi, *fold_v;        /* [columns][F], [columns][Vl]: keys folded before the chunk */
-    float *fold_dphi, *fold_dv;      /* [columns][F], [columns][Dl] */
-    float *G, *G_t;                  /* [D + 1][F], [F][Dl] */
+    int *position;                 /* [columns] of exact entries */
+    float *keys, *plain;           /* [columns][Dl] */
+    float *keys_t, *plain_t, *v_t; /* [D][columns] twice, [D + 1][columns] */
+    float *a, *t, *far, *t_far;    /* [rows][columns] */
+    float *de, *de_far;            /* [columns][Dl] */
+    float *e_rows;                 /* [rows][Dl]: e */
+    float *psi, *weight;           /* [rows][F], [rows] exp(c_h + ..) / N_n */
+    float *p, *ev, *beta;          /* [rows][rows]: keys that the chunk itself folds */
+    float *turned;                 /* [F][rows] or [D + 1][rows] */
+    float *fold_phi, *fold_v;      /* [columns][F], [columns][Vl]: keys folded before the chunk */
+    float *fold_dphi, *fold_dv;    /* [columns][F], [columns][Dl] */
+    float *G, *G_t;                /* [D + 1][F], [F][Dl] */
 };
 
 struct carve { /* lays arrays into a block; at NULL only counts */
@@ -65,14 +67,17 @@ static int most_entries(const struct attention_config *c) {
     return c->sinks + c->window_size + CHUNK;
 }
 
-static size_t lay_out(struct attention_back_scratch *s, const struct attention_config *c, int max_tokens,
-                      float *block) {
+static size_t lay_out(struct attention_back_scratch *s, const struct attention_config *c,
+                      int max_tokens, float *block) {
     struct carve at = {block, 0};
-    size_t T = (size_t)max_tokens, D = (size_t)c->head_dim, Dl = (size_t)round_up(c->head_dim, TILE),
-           Vl = (size_t)round_up(c->head_dim + 1, TILE), fl = (size_t)round_up(c->features, TILE),
-           F = 2 * fl, R = (size_t)round_up(chunk_rows(c), TILE), columns = (size_t)round_up(most_entries(c), TILE),
+    size_t T = (size_t)max_tokens, D = (size_t)c->head_dim,
+           Dl = (size_t)round_up(c->head_dim, TILE), Vl = (size_t)round_up(c->head_dim + 1, TILE),
+           fl = (size_t)round_up(c->features, TILE), F = 2 * fl,
+           R = (size_t)round_up(chunk_rows(c), TILE),
+           columns = (size_t)round_up(most_entries(c), TILE),
            chunks = T / (size_t)chunk_rows(c) + 1;
-    float **of_tokens[] = {&s->x_q, &s->x_k, &s->q, &s->q_far, &s->k, &s->dq, &s->dq_far, &s->dk, &s->dx, &s->dv};
+    float **of_tokens[] = {&s->x_q, &s->x_k,    &s->q,  &s->q_far, &s->k,
+                           &s->dq,  &s->dq_far, &s->dk, &s->dx,    &s->dv};
     s->columns = (int)columns;
     for (size_t i = 0; i < sizeof of_tokens / sizeof *of_tokens; i++)
         *of_tokens[i] = cut(&at, T * Dl);
@@ -208,7 +213,8 @@ static void read_rows(const struct task *t) {
     }
 }
 
-static void features(const struct task *t, const float *map, const float *x, float *phi, float *reach) {
+static void features(const struct task *t, const float *map, const float *x, float *phi,
+                     float *reach) {
     struct attention_back_scratch *s = t->tmp;
     for (int d = 0; d < t->D; d++)
         for (size_t i = 0; i < t->fl; i++)
@@ -217,7 +223,8 @@ static void features(const struct task *t, const float *map, const float *x, flo
     t->maps->features(t->c->map, phi, reach, s->u, t->T, t->f, (int)t->fl);
 }
 
-/* Through a map whose features() were the last: dphi -> its gradient, and dx (+)= by what it saw. */
+/* Through a map whose features() were the last: dphi -> its gradient, and dx (+)= by what it saw.
+ */
 static void features_back(const struct task *t, float *dmap, float *dx, bool add, const float *x,
                           const float *dphi, const float *phi, bool key) {
     struct attention_back_scratch *s = t->tmp;
@@ -228,7 +235,8 @@ static void features_back(const struct task *t, float *dmap, float *dx, bool add
             dmap[d * (size_t)t->f + i] += s->dw[d * t->fl + i];
     memset(s->w_t, 0, t->fl * t->Dl * sizeof *s->w_t);
     t->maps->transpose(s->w_t, t->Dl, s->w, t->fl, t->D, (int)t->fl);
-    t->dense->product(dx, t->Dl, add, s->u, t->fl, 1, t->T, s->w_t, t->Dl, (int)t->fl, (int)t->Dl / TILE);
+    t->dense->product(dx, t->Dl, add, s->u, t->fl, 1, t->T, s->w_t, t->Dl, (int)t->fl,
+                      (int)t->Dl / TILE);
 }
 
 /* ---- what is folded, and what the horizon leaves (attention/memory.c) ---- */
@@ -239,7 +247,8 @@ static int64_t folded_by(const struct attention_config *c, int64_t position) {
         n = (position / c->window_size - 1) * c->window_size - c->sinks - c->cache_size;
     return position >= 0 && n > 0 ? n : 0;
 }
-static double forgetting(const struct attention_config *c, int64_t position) { /* on arriving there */
+static double forgetting(const struct attention_config *c,
+                         int64_t position) { /* on arriving there */
     int64_t before = folded_by(c, position - 1), after = folded_by(c, position);
     if (!c->horizon || after <= c->horizon || after == before) return 1;
     int64_t held = (before < c->horizon ? before : c->horizon) + after - before;
@@ -248,7 +257,8 @@ static double forgetting(const struct attention_config *c, int64_t position) { /
 
 static const int64_t *cached(const struct task *t, int block) {
     int blocks = attention_back_blocks(t->c, t->T);
-    return t->l->cache + ((size_t)t->kv_head * (size_t)blocks + (size_t)block) * (size_t)t->c->cache_size;
+    return t->l->cache +
+           ((size_t)t->kv_head * (size_t)blocks + (size_t)block) * (size_t)t->c->cache_size;
 }
 static bool contains(const int64_t *set, int n, int64_t x) {
     for (int i = 0; i < n && set[i] >= 0; i++)
@@ -269,7 +279,8 @@ static int leaving(const struct task *t, int b) {
     return n;
 }
 
-/* Otherwise: the keys that a chunk folds itself are consecutive, key first + i at row r0 + from_row + i. */
+/* Otherwise: the keys that a chunk folds itself are consecutive, key first + i at row r0 + from_row
+ * + i. */
 struct own_fold {
     int first, n, from_row;
 };
@@ -282,7 +293,8 @@ static struct own_fold folds_itself(const struct task *t, int r0, int r1) {
     return o;
 }
 
-/* alpha[r]: what is left of the state before the chunk at row r; beta [r][i]: of own key i, 0 before it is folded. */
+/* alpha[r]: what is left of the state before the chunk at row r; beta [r][i]: of own key i, 0
+ * before it is folded. */
 static void decay(const struct task *t, int r0, int n, struct own_fold own, float *alpha) {
     size_t R = (size_t)round_up(t->rows_of_chunk, TILE);
     double left = 1;
@@ -292,9 +304,10 @@ static void decay(const struct task *t, int r0, int n, struct own_fold own, floa
         left *= f;
         alpha[r] = (float)left;
         for (int i = 0; i < own.n; i++)
-            beta[i] = i > r - own.from_row    ? 0
-                      : i == r - own.from_row ? (float)f
-                                              : (float)(f * (double)beta[(ptrdiff_t)i - (ptrdiff_t)R]);
+            beta[i] = i > r - own.from_row ? 0
+                      : i == r - own.from_row
+                          ? (float)f
+                          : (float)(f * (double)beta[(ptrdiff_t)i - (ptrdiff_t)R]);
         for (size_t i = (size_t)own.n; i < R; i++)
             beta[i] = 0;
     }
@@ -320,7 +333,8 @@ static void read_states(const struct task *t) {
         int n = leaving(t, b), n_rows = t->T - r0 < rows ? t->T - r0 : rows;
         if (n) {
             gather_fold(t, n);
-            t->dense->product(S, t->F, true, s->fold_v, 1, t->Vl, t->D + 1, s->fold_phi, t->F, n, (int)t->F / TILE);
+            t->dense->product(S, t->F, true, s->fold_v, 1, t->Vl, t->D + 1, s->fold_phi, t->F, n,
+                              (int)t->F / TILE);
             double f = forgetting(t->c, r0);
             if (f != 1) t->rows->scale(S, S, (float)f, (int)t->state);
         }
@@ -332,14 +346,16 @@ static void read_states(const struct task *t) {
         if (!own.n) continue;
         const float *beta = s->beta + (size_t)(n_rows - 1) * (size_t)round_up(rows, TILE);
         for (int i = 0; i < own.n; i++)
-            t->rows->scale(s->fold_phi + (size_t)i * t->F, s->phi_k + (size_t)(own.first + i) * t->F, beta[i], (int)t->F);
-        t->dense->product(next, t->F, true, s->v + (size_t)own.first * t->Vl, 1, t->Vl, t->D + 1, s->fold_phi, t->F,
-                          own.n, (int)t->F / TILE);
+            t->rows->scale(s->fold_phi + (size_t)i * t->F,
+                           s->phi_k + (size_t)(own.first + i) * t->F, beta[i], (int)t->F);
+        t->dense->product(next, t->F, true, s->v + (size_t)own.first * t->Vl, 1, t->Vl, t->D + 1,
+                          s->fold_phi, t->F, own.n, (int)t->F / TILE);
     }
 }
 
 /* ---- exact keys of a chunk ---- */
-struct seen { /* by one row among the chunk's entries: 0 .. first - 1, the first `clamped` as max_distance behind; from .. to - 1 */
+struct seen { /* by one row among the chunk's entries: 0 .. first - 1, the first `clamped` as
+                 max_distance behind; from .. to - 1 */
     int first, from, to, clamped;
 };
 
@@ -372,7 +388,8 @@ static int gather_entries(const struct task *t, int b, int r0, int r1) {
     t->maps->transpose(s->plain_t, columns, s->plain, t->Dl, n, t->D);
     for (int i = 0; i < n; i++)
         for (int d = 0; d <= t->D; d++)
-            s->v_t[(size_t)d * columns + (size_t)i] = s->v[(size_t)s->position[i] * t->Vl + (size_t)d];
+            s->v_t[(size_t)d * columns + (size_t)i] =
+                s->v[(size_t)s->position[i] * t->Vl + (size_t)d];
     return n;
 }
 
@@ -382,7 +399,8 @@ static struct seen seen_by(const struct task *t, int b, int r0, int row, int n_e
     int n = r0 + row, w = c->window_size, from = c->window == WINDOW_TERRACED ? r0 : n;
     struct seen s = {0};
     if (c->window == WINDOW_TERRACED) {
-        int own = n_entries - (t->T - r0 < w ? t->T - r0 : w), before = b ? w : 0; /* where rows' own keys begin */
+        int own = n_entries - (t->T - r0 < w ? t->T - r0 : w),
+            before = b ? w : 0; /* where rows' own keys begin */
         s = (struct seen){own - before, own - before, own + row + 1, 0};
     } else if (c->window == WINDOW_SLIDING) {
         int first = r0 - w + 1 > 0 ? r0 - w + 1 : 0, left = n - w + 1 > 0 ? n - w + 1 : 0;
@@ -390,7 +408,8 @@ static struct seen seen_by(const struct task *t, int b, int r0, int row, int n_e
         s.from = c->sinks + left - first;
         s.to = c->sinks + n - first + 1;
     }
-    while (c->max_distance && t->rope && s.clamped < s.first && from - position[s.clamped] > c->max_distance)
+    while (c->max_distance && t->rope && s.clamped < s.first &&
+           from - position[s.clamped] > c->max_distance)
         s.clamped++;
     return s;
 }
@@ -406,20 +425,22 @@ struct chunk {
 /* a: weights over N_n; t: dL/dlogit; weight[r]: the factor of phi_q in psi. */
 static void weigh(struct task *t, const struct chunk *k) {
     struct attention_back_scratch *s = t->tmp;
-    size_t columns = (size_t)s->columns, R = (size_t)round_up(t->rows_of_chunk, TILE), r0 = (size_t)k->r0;
+    size_t columns = (size_t)s->columns, R = (size_t)round_up(t->rows_of_chunk, TILE),
+           r0 = (size_t)k->r0;
     const float *q = s->q + r0 * t->Dl, *z = k->S + (size_t)t->D * t->F;
-    t->dense->product(s->a, columns, false, q, t->Dl, 1, k->n, s->keys_t, columns, t->D, k->width / TILE);
-    t->dense->product(s->t, columns, false, s->e + r0 * t->Vl, t->Vl, 1, k->n, s->v_t, columns, t->D + 1,
+    t->dense->product(s->a, columns, false, q, t->Dl, 1, k->n, s->keys_t, columns, t->D,
                       k->width / TILE);
-    t->dense->product(s->far, columns, false, s->q_far + r0 * t->Dl, t->Dl, 1, k->n, s->plain_t, columns, t->D,
-                      round_up(k->clamped, TILE) / TILE);
+    t->dense->product(s->t, columns, false, s->e + r0 * t->Vl, t->Vl, 1, k->n, s->v_t, columns,
+                      t->D + 1, k->width / TILE);
+    t->dense->product(s->far, columns, false, s->q_far + r0 * t->Dl, t->Dl, 1, k->n, s->plain_t,
+                      columns, t->D, round_up(k->clamped, TILE) / TILE);
     for (int r = 0; r < k->n; r++) {
         float *a = s->a + (size_t)r * columns, *grade = s->t + (size_t)r * columns;
         struct seen e = seen_by(t, k->b, k->r0, r, k->entries);
         size_t n = r0 + (size_t)r;
         bool linear = folded_by(t->c, (int64_t)n) > 0;
-        float top = t->rows->logits(a, s->far + (size_t)r * columns, e.clamped, e.first, e.from, e.to, k->width,
-                                    t->score_factor);
+        float top = t->rows->logits(a, s->far + (size_t)r * columns, e.clamped, e.first, e.from,
+                                    e.to, k->width, t->score_factor);
         int largest = 0; /* entry */
         for (int i = 0; t->c->mixing == MIXING_LOLCATS && i < k->width; i++)
             if (a[i] > a[largest]) largest = i;
@@ -463,19 +484,23 @@ static void exact_back(const struct task *t, const struct chunk *k) {
     int vecs = (int)t->Dl / TILE;
     float factor = t->score_factor;
     if (!k->entries) return;
-    t->dense->product(s->dq + r0 * t->Dl, t->Dl, false, s->t, columns, 1, k->n, s->keys, t->Dl, k->entries, vecs);
+    t->dense->product(s->dq + r0 * t->Dl, t->Dl, false, s->t, columns, 1, k->n, s->keys, t->Dl,
+                      k->entries, vecs);
     t->rows->scale(s->dq + r0 * t->Dl, s->dq + r0 * t->Dl, factor, k->n * (int)t->Dl);
-    t->dense->product(s->de, t->Dl, false, s->t, 1, columns, k->entries, s->q + r0 * t->Dl, t->Dl, k->n, vecs);
+    t->dense->product(s->de, t->Dl, false, s->t, 1, columns, k->entries, s->q + r0 * t->Dl, t->Dl,
+                      k->n, vecs);
     for (int i = 0; i < k->entries; i++)
-        t->rows->add(s->dk + (size_t)s->position[i] * t->Dl, s->de + (size_t)i * t->Dl, factor, (int)t->Dl);
+        t->rows->add(s->dk + (size_t)s->position[i] * t->Dl, s->de + (size_t)i * t->Dl, factor,
+                     (int)t->Dl);
     if (k->clamped) {
-        t->dense->product(s->dq_far + r0 * t->Dl, t->Dl, false, s->t_far, columns, 1, k->n, s->plain, t->Dl, k->clamped,
-                          vecs);
+        t->dense->product(s->dq_far + r0 * t->Dl, t->Dl, false, s->t_far, columns, 1, k->n,
+                          s->plain, t->Dl, k->clamped, vecs);
         t->rows->scale(s->dq_far + r0 * t->Dl, s->dq_far + r0 * t->Dl, factor, k->n * (int)t->Dl);
-        t->dense->product(s->de_far, t->Dl, false, s->t_far, 1, columns, k->clamped, s->q_far + r0 * t->Dl, t->Dl, k->n,
-                          vecs);
+        t->dense->product(s->de_far, t->Dl, false, s->t_far, 1, columns, k->clamped,
+                          s->q_far + r0 * t->Dl, t->Dl, k->n, vecs);
         for (int i = 0; i < k->clamped; i++)
-            t->rows->add(s->dx + (size_t)s->position[i] * t->Dl, s->de_far + (size_t)i * t->Dl, factor, (int)t->Dl);
+            t->rows->add(s->dx + (size_t)s->position[i] * t->Dl, s->de_far + (size_t)i * t->Dl,
+                         factor, (int)t->Dl);
     }
     /* e without its last element, which is no part of dv */
     for (int r = 0; r < k->n; r++) {
@@ -483,23 +508,28 @@ static void exact_back(const struct task *t, const struct chunk *k) {
         memcpy(e, s->e + (r0 + (size_t)r) * t->Vl, (size_t)t->D * sizeof *e);
         memset(e + t->D, 0, (t->Dl - (size_t)t->D) * sizeof *e);
     }
-    t->dense->product(s->de, t->Dl, false, s->a, 1, columns, k->entries, s->e_rows, t->Dl, k->n, vecs);
+    t->dense->product(s->de, t->Dl, false, s->a, 1, columns, k->entries, s->e_rows, t->Dl, k->n,
+                      vecs);
     for (int i = 0; i < k->entries; i++)
-        t->rows->add(s->dv + (size_t)s->position[i] * t->Dl, s->de + (size_t)i * t->Dl, 1, (int)t->Dl);
+        t->rows->add(s->dv + (size_t)s->position[i] * t->Dl, s->de + (size_t)i * t->Dl, 1,
+                     (int)t->Dl);
 }
 
 /* dphi += what G says of n keys, phi and v given; dv of their positions. */
-static void fold_back(const struct task *t, const int *position, int first, int n, const float *phi, const float *v,
-                      float *dphi) {
+static void fold_back(const struct task *t, const int *position, int first, int n, const float *phi,
+                      const float *v, float *dphi) {
     struct attention_back_scratch *s = t->tmp;
     t->maps->transpose(s->G_t, t->Dl, s->G, t->F, t->D, (int)t->F);
     t->dense->product(dphi, t->F, true, v, t->Vl, 1, n, s->G, t->F, t->D + 1, (int)t->F / TILE);
-    t->dense->product(s->fold_dv, t->Dl, false, phi, t->F, 1, n, s->G_t, t->Dl, (int)t->F, (int)t->Dl / TILE);
+    t->dense->product(s->fold_dv, t->Dl, false, phi, t->F, 1, n, s->G_t, t->Dl, (int)t->F,
+                      (int)t->Dl / TILE);
     for (int i = 0; i < n; i++)
-        t->rows->add(s->dv + (size_t)(position ? position[i] : first + i) * t->Dl, s->fold_dv + (size_t)i * t->Dl, 1, t->D);
+        t->rows->add(s->dv + (size_t)(position ? position[i] : first + i) * t->Dl,
+                     s->fold_dv + (size_t)i * t->Dl, 1, t->D);
 }
 
-/* The linear part of rows and of the keys that the chunk folds itself; then G is by the state before the chunk. */
+/* The linear part of rows and of the keys that the chunk folds itself; then G is by the state
+ * before the chunk. */
 static void linear_back(struct task *t, const struct chunk *k) {
     struct attention_back_scratch *s = t->tmp;
     size_t R = (size_t)round_up(t->rows_of_chunk, TILE), r0 = (size_t)k->r0;
@@ -511,12 +541,15 @@ static void linear_back(struct task *t, const struct chunk *k) {
             t->rows->scale(s->fold_phi + (size_t)i * t->F, s->phi_k + j * t->F, last[i], (int)t->F);
             t->rows->scale(s->fold_v + (size_t)i * t->Vl, s->v + j * t->Vl, last[i], (int)t->Vl);
         }
-        fold_back(t, NULL, k->own.first, own, s->fold_phi, s->fold_v, s->dphi_k + (size_t)k->own.first * t->F);
+        fold_back(t, NULL, k->own.first, own, s->fold_phi, s->fold_v,
+                  s->dphi_k + (size_t)k->own.first * t->F);
     }
-    t->dense->product(s->dphi_q + r0 * t->F, t->F, false, e, t->Vl, 1, k->n, k->S, t->F, t->D + 1, vecs);
+    t->dense->product(s->dphi_q + r0 * t->F, t->F, false, e, t->Vl, 1, k->n, k->S, t->F, t->D + 1,
+                      vecs);
     for (int r = 0; r < k->n; r++) {
         float *d = s->dphi_q + (r0 + (size_t)r) * t->F;
-        t->rows->scale(s->psi + (size_t)r * t->F, s->phi_q + (r0 + (size_t)r) * t->F, s->weight[r], (int)t->F);
+        t->rows->scale(s->psi + (size_t)r * t->F, s->phi_q + (r0 + (size_t)r) * t->F, s->weight[r],
+                       (int)t->F);
         t->rows->scale(d, d, k->alpha[r] * s->weight[r], (int)t->F);
     }
     if (own) {
@@ -528,9 +561,10 @@ static void linear_back(struct task *t, const struct chunk *k) {
                 s->ev[at] *= w; /* by s_nj */
                 s->p[at] *= w;  /* a_nj */
             }
-        t->dense->product(s->dphi_q + r0 * t->F, t->F, true, s->ev, R, 1, k->n, phi, t->F, own, vecs);
-        t->dense->product(s->dphi_k + (size_t)k->own.first * t->F, t->F, true, s->ev, 1, R, own, s->phi_q + r0 * t->F,
-                          t->F, k->n, vecs);
+        t->dense->product(s->dphi_q + r0 * t->F, t->F, true, s->ev, R, 1, k->n, phi, t->F, own,
+                          vecs);
+        t->dense->product(s->dphi_k + (size_t)k->own.first * t->F, t->F, true, s->ev, 1, R, own,
+                          s->phi_q + r0 * t->F, t->F, k->n, vecs);
         for (int i = 0; i < own; i++) /* dv */
             for (int r = 0; r < k->n; r++)
                 t->rows->add(s->dv + (size_t)(k->own.first + i) * t->Dl, e + (size_t)r * t->Vl,
@@ -542,7 +576,8 @@ static void linear_back(struct task *t, const struct chunk *k) {
     }
     if (k->alpha[k->n - 1] != 1) t->rows->scale(s->G, s->G, k->alpha[k->n - 1], (int)t->state);
     for (int r = 0; t->c->window != WINDOW_TERRACED && r < k->n; r++)
-        t->rows->scale(s->psi + (size_t)r * t->F, s->psi + (size_t)r * t->F, k->alpha[r], (int)t->F);
+        t->rows->scale(s->psi + (size_t)r * t->F, s->psi + (size_t)r * t->F, k->alpha[r],
+                       (int)t->F);
     t->dense->product(s->G, t->F, true, e, 1, t->Vl, t->D + 1, s->psi, t->F, k->n, vecs);
 }
 
@@ -551,7 +586,8 @@ static void chunk_back(struct task *t, int b) {
     size_t R = (size_t)round_up(t->rows_of_chunk, TILE);
     float alpha[t->rows_of_chunk];
     int r0 = b * t->rows_of_chunk, n = t->T - r0 < t->rows_of_chunk ? t->T - r0 : t->rows_of_chunk;
-    struct chunk k = {.b = b, .r0 = r0, .n = n, .S = s->states + (size_t)b * t->state, .alpha = alpha};
+    struct chunk k = {
+        .b = b, .r0 = r0, .n = n, .S = s->states + (size_t)b * t->state, .alpha = alpha};
     k.own = folds_itself(t, r0, r0 + n);
     decay(t, r0, n, k.own, alpha);
     k.entries = t->c->window == WINDOW_NONE ? 0 : gather_entries(t, b, r0, r0 + n);
@@ -562,10 +598,14 @@ static void chunk_back(struct task *t, int b) {
     }
     if (k.own.n) { /* scores of own keys, and e'.[v, 1] */
         int width = round_up(k.own.n, TILE);
-        t->maps->transpose(s->turned, R, s->phi_k + (size_t)k.own.first * t->F, t->F, k.own.n, (int)t->F);
-        t->dense->product(s->p, R, false, s->phi_q + (size_t)r0 * t->F, t->F, 1, n, s->turned, R, (int)t->F, width / TILE);
-        t->maps->transpose(s->turned, R, s->v + (size_t)k.own.first * t->Vl, t->Vl, k.own.n, t->D + 1);
-        t->dense->product(s->ev, R, false, s->e + (size_t)r0 * t->Vl, t->Vl, 1, n, s->turned, R, t->D + 1, width / TILE);
+        t->maps->transpose(s->turned, R, s->phi_k + (size_t)k.own.first * t->F, t->F, k.own.n,
+                           (int)t->F);
+        t->dense->product(s->p, R, false, s->phi_q + (size_t)r0 * t->F, t->F, 1, n, s->turned, R,
+                          (int)t->F, width / TILE);
+        t->maps->transpose(s->turned, R, s->v + (size_t)k.own.first * t->Vl, t->Vl, k.own.n,
+                           t->D + 1);
+        t->dense->product(s->ev, R, false, s->e + (size_t)r0 * t->Vl, t->Vl, 1, n, s->turned, R,
+                          t->D + 1, width / TILE);
     }
     weigh(t, &k);
     exact_back(t, &k);
@@ -578,11 +618,12 @@ static void chunk_back(struct task *t, int b) {
     memset(s->fold_dphi, 0, (size_t)left * t->F * sizeof *s->fold_dphi);
     fold_back(t, s->position, 0, left, s->fold_phi, s->fold_v, s->fold_dphi);
     for (int i = 0; i < left; i++)
-        t->rows->add(s->dphi_k + (size_t)s->position[i] * t->F, s->fold_dphi + (size_t)i * t->F, 1, (int)t->F);
+        t->rows->add(s->dphi_k + (size_t)s->position[i] * t->F, s->fold_dphi + (size_t)i * t->F, 1,
+                     (int)t->F);
 }
 
-void attention_back(const struct attention_lesson *l, int head, const struct attention_gradients *out,
-                    struct attention_back_scratch *s) {
+void attention_back(const struct attention_lesson *l, int head,
+                    const struct attention_gradients *out, struct attention_back_scratch *s) {
     const struct attention_config *c = l->config;
     int group = c->n_heads / c->n_kv_heads;
     struct task t = {
@@ -608,7 +649,8 @@ void attention_back(const struct attention_lesson *l, int head, const struct att
     };
     size_t map = (size_t)c->head_dim * (size_t)c->features, T = (size_t)t.T;
     int key_map = c->key_map_per_query_head ? head : t.kv_head;
-    const float *map_q = l->params + (size_t)head * map, *map_k = l->params + student_map_k(c) + (size_t)key_map * map;
+    const float *map_q = l->params + (size_t)head * map,
+                *map_k = l->params + student_map_k(c) + (size_t)key_map * map;
     t.state = (size_t)(t.D + 1) * t.F;
     read_rows(&t);
     features(&t, map_k, s->x_k, s->phi_k, NULL);
@@ -625,8 +667,8 @@ void attention_back(const struct attention_lesson *l, int head, const struct att
 
     /* the query's map first, whose features() were the last; keys' are made again */
     float *dx_q = s->v; /* values are done with */
-    features_back(&t, out->map_q, c->map_before_rope ? dx_q : s->dq, !c->map_before_rope, s->x_q, s->dphi_q, s->phi_q,
-                  false);
+    features_back(&t, out->map_q, c->map_before_rope ? dx_q : s->dq, !c->map_before_rope, s->x_q,
+                  s->dphi_q, s->phi_q, false);
     for (size_t n = 0; n < T; n++) {
         float *dq = out->dq + n * out->dq_row, far[t.D];
         turn(&t, dq, s->dq + n * t.Dl, n, true);
@@ -637,7 +679,8 @@ void attention_back(const struct attention_lesson *l, int head, const struct att
         if (c->map_before_rope) t.rows->add(dq, dx_q + n * t.Dl, 1, t.D);
     }
     features(&t, map_k, s->x_k, s->phi_k, NULL);
-    features_back(&t, out->map_k, c->map_before_rope ? s->dx : s->dk, true, s->x_k, s->dphi_k, s->phi_k, true);
+    features_back(&t, out->map_k, c->map_before_rope ? s->dx : s->dk, true, s->x_k, s->dphi_k,
+                  s->phi_k, true);
     for (size_t n = 0; n < T; n++) {
         float *dk = out->dk + n * (size_t)t.D;
         turn(&t, dk, s->dk + n * t.Dl, n, true);

@@ -1,5 +1,5 @@
-/* backward_kernels.c - rows of the backward pass in 16 lanes, compiled per instruction family.  Sums run lane by lane
- * over ascending elements and are added in v16_sum's tree. */
+/* backward_kernels.c - rows of the backward pass in 16 lanes, compiled per instruction family. Sums
+ * run lane by lane over ascending elements and are added in v16_sum's tree. */
 #include "convert/backward_kernels.h"
 
 #include "compute/vec.h"
@@ -34,10 +34,10 @@ static void scale(float *y, const float *x, float factor, int n) {
 }
 static void add(float *y, const float *x, float factor, int n) {
     for (int i = 0; i < n; i += LANES)
-        store_first(y + i,
-                    v16_fma(load_first(x + i, n - i, 0), v16_set1(factor),
-                            load_first(y + i, n - i, 0)),
-                    n - i);
+        store_first(
+            y + i,
+            v16_fma(load_first(x + i, n - i, 0), v16_set1(factor), load_first(y + i, n - i, 0)),
+            n - i);
 }
 static double squares(const float *x, size_t n) {
     double sum[4] = {0};

@@ -29,21 +29,18 @@ struct piece { /* of the run's memory, as it lies in the file */
     size_t len;
 };
 /* at is NULL where the run has no room for it (yet). */
-static void pieces_of(const struct run *run, const struct header *h, struct piece out[N_ALL_PARTS]) {
+static void pieces_of(const struct run *run, const struct header *h,
+                      struct piece out[N_ALL_PARTS]) {
     const struct training *t = run->training;
     const struct finetune *f = run->fine;
     size_t params = h->n_params * sizeof(float), sums = h->n_sums * sizeof *run->before,
            fine = h->n_fine * sizeof(float);
-    const struct piece all[N_ALL_PARTS] = {{t->w, params},
-                                           {t->m, params},
-                                           {t->v, params},
-                                           {run->curve, h->step * sizeof *run->curve},
-                                           {run->before, sums},
-                                           {run->after, sums},
-                                           {f ? f->w : NULL, fine},
-                                           {f ? f->m : NULL, fine},
-                                           {f ? f->v : NULL, fine},
-                                           {run->fine_curve, h->fine_step * sizeof *run->fine_curve}};
+    const struct piece all[N_ALL_PARTS] = {
+        {t->w, params},          {t->m, params},
+        {t->v, params},          {run->curve, h->step * sizeof *run->curve},
+        {run->before, sums},     {run->after, sums},
+        {f ? f->w : NULL, fine}, {f ? f->m : NULL, fine},
+        {f ? f->v : NULL, fine}, {run->fine_curve, h->fine_step * sizeof *run->fine_curve}};
     memcpy(out, all, sizeof all);
 }
 
@@ -57,7 +54,8 @@ static size_t body_bytes(const struct run *run, const struct header *h) {
 }
 
 /* Of identity and pieces. */
-static void digest_of(const char *identity, size_t len, const struct piece pieces[N_ALL_PARTS], char out[SHA256_HEX]) {
+static void digest_of(const char *identity, size_t len, const struct piece pieces[N_ALL_PARTS],
+                      char out[SHA256_HEX]) {
     char digests[N_ALL_PARTS + 1][SHA256_HEX];
     sha256_hex(identity, len, digests[0]);
     for (int i = 0; i < N_ALL_PARTS; i++)
@@ -80,7 +78,8 @@ enum err checkpoint_save(const struct run *run, double seconds, char *msg, size_
                        .seconds = seconds,
                        .share = run->share,
                        .fine_before = run->fine_before};
-    if (!identity) return err_set(msg, msg_len, ERR_NOMEM, "out of memory for %s/checkpoint", run->folder);
+    if (!identity)
+        return err_set(msg, msg_len, ERR_NOMEM, "out of memory for %s/checkpoint", run->folder);
     struct piece pieces[N_ALL_PARTS];
     struct part parts[N_ALL_PARTS + 2];
     memcpy(h.magic, MAGIC, sizeof h.magic);
@@ -130,20 +129,22 @@ static enum err refuse_other(const struct run *run, const cJSON *theirs, char *m
 }
 
 static enum err damaged(const char *path, char *msg, size_t msg_len) {
-    return err_set(msg, msg_len, ERR_FORMAT, "%s is damaged, or no checkpoint: remove it to begin anew", path);
+    return err_set(msg, msg_len, ERR_FORMAT,
+                   "%s is damaged, or no checkpoint: remove it to begin anew", path);
 }
 
 /* Takes what it says of attention transfer, or of fine-tuning. */
-static enum err read_body(struct run *run, const struct mapped *file, const char *path, bool fine, char *msg,
-                          size_t msg_len) {
+static enum err read_body(struct run *run, const struct mapped *file, const char *path, bool fine,
+                          char *msg, size_t msg_len) {
     struct header h;
     char digest[SHA256_HEX] = "";
     const char *body = (const char *)file->bytes + sizeof h;
     struct piece mine[N_ALL_PARTS], theirs[N_ALL_PARTS];
     bool good = file->len >= sizeof h;
     if (good) memcpy(&h, file->bytes, sizeof h);
-    good = good && !memcmp(h.magic, MAGIC, sizeof h.magic) && h.identity_len < file->len && h.n_params < file->len &&
-           h.n_sums < file->len && h.step < file->len && h.n_fine < file->len && h.fine_step < file->len &&
+    good = good && !memcmp(h.magic, MAGIC, sizeof h.magic) && h.identity_len < file->len &&
+           h.n_params < file->len && h.n_sums < file->len && h.step < file->len &&
+           h.n_fine < file->len && h.fine_step < file->len &&
            file->len - sizeof h == body_bytes(run, &h);
     if (good) {
         const char *at = body + h.identity_len;
@@ -157,14 +158,16 @@ static enum err read_body(struct run *run, const struct mapped *file, const char
     enum err e = OK;
     if (!identity)
         e = err_set(msg, msg_len, ERR_NOMEM, "out of memory for %s", path);
-    else if (!cJSON_Compare(identity, run->identity, true) || h.n_params != run->training->n_params ||
-             h.n_sums != n_sums(run) || h.step > (uint64_t)run->recipe.steps ||
+    else if (!cJSON_Compare(identity, run->identity, true) ||
+             h.n_params != run->training->n_params || h.n_sums != n_sums(run) ||
+             h.step > (uint64_t)run->recipe.steps ||
              h.fine_step > (uint64_t)run->recipe.finetune.steps)
         e = refuse_other(run, identity, msg, msg_len);
     cJSON_Delete(identity);
     if (!e && fine && run->fine->n_params != h.n_fine) e = damaged(path, msg, msg_len);
     if (e) return e;
-    for (int i = fine ? N_PARTS_OF_TRANSFER : 0; i < (fine ? N_ALL_PARTS : N_PARTS_OF_TRANSFER); i++)
+    for (int i = fine ? N_PARTS_OF_TRANSFER : 0; i < (fine ? N_ALL_PARTS : N_PARTS_OF_TRANSFER);
+         i++)
         if (mine[i].len) memcpy(mine[i].at, theirs[i].at, mine[i].len);
     if (fine) {
         run->fine->step = (int64_t)h.fine_step;

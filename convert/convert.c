@@ -73,7 +73,8 @@ static enum err take_recipe(struct conversion *c) {
     e = recipe_from_settings(r, c->settings, base_config(base), c->msg, c->msg_len);
     if (!e && r->finetune.method == FINETUNE_FULL && !folder_is(c->settings->model))
         e = FAIL(c, ERR_ARG,
-                 "--finetune full needs a base that is a Hugging Face folder, for its config.json and tokenizer go with the "
+                 "--finetune full needs a base that is a Hugging Face folder, for its config.json "
+                 "and tokenizer go with the "
                  "new weights; take --finetune low-rank for %s",
                  c->settings->model);
     bool any_long = r->long_every > 0;
@@ -149,8 +150,10 @@ static enum err check_memory(struct conversion *c) {
     const struct recipe *r = &c->run.recipe;
     const struct model_info *i = c->run.base;
     size_t limit = (size_t)c->settings->memory_mb << 20;
-    size_t teacher = teacher_bytes(i, c->max_tokens, c->max_rows); /* gone before fine-tuning begins */
-    size_t need = i->weight_bytes + i->slot_bytes + (teacher > c->fine_bytes ? teacher : c->fine_bytes) +
+    size_t teacher =
+        teacher_bytes(i, c->max_tokens, c->max_rows); /* gone before fine-tuning begins */
+    size_t need = i->weight_bytes + i->slot_bytes +
+                  (teacher > c->fine_bytes ? teacher : c->fine_bytes) +
                   training_bytes(r, i->n_layers, team_size(c->team), c->max_tokens, c->max_rows) +
                   (64u << 20); /* the program, a step's rows, the tokenizer */
     if (!limit || need <= limit) return OK;
@@ -182,9 +185,11 @@ bool conversion_is_long(const struct conversion *c, int64_t number) {
     return every && number % every == every - 1;
 }
 
-enum err conversion_pack(struct conversion *c, int stream, int64_t number, bool is_long, struct pack *pack) {
+enum err conversion_pack(struct conversion *c, int stream, int64_t number, bool is_long,
+                         struct pack *pack) {
     const struct recipe *r = &c->run.recipe;
-    return corpus_pack(c->corpus, r->seed, stream, number, is_long ? r->long_length : r->length, pack, c->msg, c->msg_len);
+    return corpus_pack(c->corpus, r->seed, stream, number, is_long ? r->long_length : r->length,
+                       pack, c->msg, c->msg_len);
 }
 
 /* The base reads pack number of a stream; the pack must be freed once the lesson is done with. */
@@ -282,7 +287,8 @@ static enum err step(struct conversion *c) {
         struct pack pack;
         struct lesson lesson;
         double share;
-        enum err e = read_pack(c, PACK_TRAIN, number, conversion_is_long(c, number), &pack, &lesson, &share);
+        enum err e =
+            read_pack(c, PACK_TRAIN, number, conversion_is_long(c, number), &pack, &lesson, &share);
         if (e) return e;
         training_clear_sums(t);
         training_learn(t, &lesson);
@@ -316,8 +322,9 @@ static void duration(char *out, size_t len, double seconds) {
         snprintf(out, len, "%d s", s);
 }
 
-enum err conversion_after_step(struct conversion *c, int64_t step, int steps, int64_t first_step, double begun,
-                               const char *what, double loss, double rate, bool *stop) {
+enum err conversion_after_step(struct conversion *c, int64_t step, int steps, int64_t first_step,
+                               double begun, const char *what, double loss, double rate,
+                               bool *stop) {
     bool terminal = isatty(STDERR_FILENO);
     c->steps_done++;
     c->interrupted = step < steps && (stopping || (stop_after && c->steps_done >= stop_after));
@@ -328,12 +335,14 @@ enum err conversion_after_step(struct conversion *c, int64_t step, int steps, in
         char left[32];
         c->told = t;
         duration(left, sizeof left, each * (double)(steps - step));
-        fprintf(stderr, "%s%s, step %lld of %d  loss %.4f  lr %.2g  %.2f s a step  %s left%s", terminal ? "\r\033[K" : "",
-                what, (long long)step, steps, loss, rate, each, left, terminal && !last ? "" : "\n");
+        fprintf(stderr, "%s%s, step %lld of %d  loss %.4f  lr %.2g  %.2f s a step  %s left%s",
+                terminal ? "\r\033[K" : "", what, (long long)step, steps, loss, rate, each, left,
+                terminal && !last ? "" : "\n");
         fflush(stderr);
     }
     /* a checkpoint of all weights takes long: a twentieth of the time at most */
-    if (c->interrupted || t - c->saved >= (20 * c->saving > SAVE_SECONDS ? 20 * c->saving : SAVE_SECONDS))
+    if (c->interrupted ||
+        t - c->saved >= (20 * c->saving > SAVE_SECONDS ? 20 * c->saving : SAVE_SECONDS))
         return conversion_save(c);
     return OK;
 }
@@ -361,8 +370,9 @@ static enum err transfer(struct conversion *c) {
             conversion_tell_memory();
             told_memory = true;
         }
-        e = conversion_after_step(c, done, run->recipe.steps, first_step, begun, "attention transfer",
-                                  recent_kl(run, 10, &n), recipe_rate(&run->recipe, done - 1) * run->recipe.lr, &stop);
+        e = conversion_after_step(c, done, run->recipe.steps, first_step, begun,
+                                  "attention transfer", recent_kl(run, 10, &n),
+                                  recipe_rate(&run->recipe, done - 1) * run->recipe.lr, &stop);
         if (e || stop) return e;
     }
     if (run->transferred) return OK;
@@ -383,7 +393,8 @@ static enum err train(struct conversion *c) {
 
 static enum err finish(struct conversion *c) {
     struct run *run = &c->run;
-    enum err e = record_write(run, c->base, c->settings->model, c->name, seconds_so_far(c), c->msg, c->msg_len);
+    enum err e = record_write(run, c->base, c->settings->model, c->name, seconds_so_far(c), c->msg,
+                              c->msg_len);
     if (e) {
         char why[512];
         snprintf(why, sizeof why, "%s", c->msg);
@@ -402,8 +413,9 @@ static enum err finish(struct conversion *c) {
            training_error(run->training, run->before), training_error(run->training, run->after));
     if (run->fine)
         printf("fine-tuning, %d steps: %s %.4f before, %.4f after\n", run->recipe.finetune.steps,
-               run->recipe.finetune.next_token ? "loss of the next token" : "KL to the base's next token", run->fine_before,
-               run->fine_after);
+               run->recipe.finetune.next_token ? "loss of the next token"
+                                               : "KL to the base's next token",
+               run->fine_before, run->fine_after);
     return OK;
 }
 
@@ -450,11 +462,14 @@ static enum err convert(struct conversion *c) {
     if (e) return e;
     c->begun = conversion_now();
     if (found) {
-        fprintf(stderr, "going on from step %lld%s of %s/checkpoint\n", (long long)c->run.training->step,
-                c->run.fine_begun ? " and fine-tuning" : "", c->folder);
+        fprintf(stderr, "going on from step %lld%s of %s/checkpoint\n",
+                (long long)c->run.training->step, c->run.fine_begun ? " and fine-tuning" : "",
+                c->folder);
     } else {
         e = begin(c);
-        if (!e) e = conversion_save(c); /* at once: whoever cannot write should not find out after an hour */
+        if (!e)
+            e = conversion_save(
+                c); /* at once: whoever cannot write should not find out after an hour */
     }
     if (!e) {
         c->run.seconds += conversion_now() - c->begun;

@@ -22,12 +22,13 @@ static enum err set_up(struct conversion *c) {
     struct run *run = &c->run;
     enum err e = base_open(&c->base, c->settings->model, c->msg, c->msg_len);
     if (!e)
-        e = finetune_new(&run->fine, &run->recipe, c->base, model_rope(c->model), c->team, run->training->w, c->max_tokens,
-                         c->msg, c->msg_len);
+        e = finetune_new(&run->fine, &run->recipe, c->base, model_rope(c->model), c->team,
+                         run->training->w, c->max_tokens, c->msg, c->msg_len);
     if (!e && run->fine_begun) return checkpoint_load_fine(run, c->msg, c->msg_len);
     if (!e) e = probe(c, &run->fine_before);
     if (!e && !isfinite(run->fine_before))
-        e = FAIL(c, ERR_ARG, "the converted model's logits are no numbers, so there is nothing to fine-tune");
+        e = FAIL(c, ERR_ARG,
+                 "the converted model's logits are no numbers, so there is nothing to fine-tune");
     return e ? e : conversion_save(c);
 }
 
@@ -51,7 +52,8 @@ static enum err step(struct conversion *c) {
     for (int a = 0; a < r->accumulate; a++) {
         struct pack pack;
         int64_t number = f->step * r->accumulate + a;
-        enum err e = conversion_pack(c, PACK_FINETUNE, number, conversion_is_long(c, number), &pack);
+        enum err e =
+            conversion_pack(c, PACK_FINETUNE, number, conversion_is_long(c, number), &pack);
         if (e) return e;
         e = finetune_learn(f, &pack, &sums);
         point.tokens += pack.n;
@@ -61,7 +63,8 @@ static enum err step(struct conversion *c) {
     point.loss = sums.rows ? sums.loss / (double)sums.rows : 0;
     if (!isfinite(point.loss) || finetune_step(f))
         return FAIL(c, ERR_ARG,
-                    "step %lld of fine-tuning: its loss or gradient is no number, so training was stopped; %s/checkpoint is "
+                    "step %lld of fine-tuning: its loss or gradient is no number, so training was "
+                    "stopped; %s/checkpoint is "
                     "from before. Try a lower --finetune-lr than %g in another --out",
                     (long long)f->step + 1, c->folder, r->lr);
     point.norm = f->norm;
@@ -70,7 +73,8 @@ static enum err step(struct conversion *c) {
     double loss = recent(run, RECENT, &n);
     if (n < RECENT || loss <= 2 * run->fine_before + 1) return OK;
     return FAIL(c, ERR_ARG,
-                "the loss of fine-tuning has grown from %.3f to %.3f by step %lld, so training was stopped; %s/checkpoint is "
+                "the loss of fine-tuning has grown from %.3f to %.3f by step %lld, so training was "
+                "stopped; %s/checkpoint is "
                 "from before. Try a lower --finetune-lr than %g in another --out",
                 run->fine_before, loss, (long long)f->step, c->folder, r->lr);
 }
@@ -88,11 +92,13 @@ enum err fine_run(struct conversion *c) {
         int64_t done = run->fine->step;
         double rate = recipe_rate_of(&run->recipe, r->steps, done - 1) * r->lr;
         bool stop = false;
-        if (!told_memory && (!run->recipe.long_every || done * r->accumulate >= run->recipe.long_every)) {
+        if (!told_memory &&
+            (!run->recipe.long_every || done * r->accumulate >= run->recipe.long_every)) {
             conversion_tell_memory();
             told_memory = true;
         }
-        e = conversion_after_step(c, done, r->steps, first_step, begun, "fine-tuning", recent(run, 10, &n), rate, &stop);
+        e = conversion_after_step(c, done, r->steps, first_step, begun, "fine-tuning",
+                                  recent(run, 10, &n), rate, &stop);
         if (e || stop) return e;
     }
     return probe(c, &run->fine_after);

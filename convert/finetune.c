@@ -24,10 +24,13 @@ static int rank_of(const struct recipe *r) {
     return r->finetune.method == FINETUNE_LOW_RANK ? r->finetune.rank : 0;
 }
 
-size_t finetune_bytes(const struct recipe *r, const struct base *base, int n_threads, int max_tokens) {
+size_t finetune_bytes(const struct recipe *r, const struct base *base, int n_threads,
+                      int max_tokens) {
     const struct base_config *c = base_config(base);
-    size_t values = network_bytes(base), params = map_params(r, c) + other_params(r, c, values / sizeof(float));
-    return values + 4 * params * sizeof(float) + pupil_bytes(c, &r->attention, n_threads, max_tokens, rank_of(r));
+    size_t values = network_bytes(base),
+           params = map_params(r, c) + other_params(r, c, values / sizeof(float));
+    return values + 4 * params * sizeof(float) +
+           pupil_bytes(c, &r->attention, n_threads, max_tokens, rank_of(r));
 }
 
 /* Uniform in [-1, 1): the same for the same place. */
@@ -54,8 +57,9 @@ static void begin(struct finetune *f, const float *maps) {
         }
 }
 
-enum err finetune_new(struct finetune **out, const struct recipe *r, const struct base *base, const struct rope *rope,
-                      struct team *team, const float *maps, int max_tokens, char *msg, size_t msg_len) {
+enum err finetune_new(struct finetune **out, const struct recipe *r, const struct base *base,
+                      const struct rope *rope, struct team *team, const float *maps, int max_tokens,
+                      char *msg, size_t msg_len) {
     struct finetune *f = calloc(1, sizeof *f);
     if (!f) return err_set(msg, msg_len, ERR_NOMEM, "out of memory");
     const struct base_config *c = base_config(base);
@@ -74,12 +78,18 @@ enum err finetune_new(struct finetune **out, const struct recipe *r, const struc
         all = (*arrays[i] = memory_map(f->n_params * sizeof(float))) && all;
     all = (f->pieces = calloc(f->n_params / PIECE + 2, sizeof *f->pieces)) && all;
     if (all && r->finetune.method == FINETUNE_FULL)
-        all = !network_over(&f->own, f->base, f->w + f->n_maps) && !network_over(&f->d_own, f->base, f->g + f->n_maps);
-    struct pupil_options o = {.base = f->base, .attention = &r->attention, .rope = rope, .team = team,
-                              .max_tokens = max_tokens, .max_rank = rank_of(r)};
+        all = !network_over(&f->own, f->base, f->w + f->n_maps) &&
+              !network_over(&f->d_own, f->base, f->g + f->n_maps);
+    struct pupil_options o = {.base = f->base,
+                              .attention = &r->attention,
+                              .rope = rope,
+                              .team = team,
+                              .max_tokens = max_tokens,
+                              .max_rank = rank_of(r)};
     if (!all || pupil_new(&f->pupil, &o)) {
         finetune_free(f);
-        return err_set(msg, msg_len, ERR_NOMEM, "out of memory for fine-tuning with sequences of %d tokens", max_tokens);
+        return err_set(msg, msg_len, ERR_NOMEM,
+                       "out of memory for fine-tuning with sequences of %d tokens", max_tokens);
     }
     begin(f, maps);
     *out = f;
@@ -100,7 +110,8 @@ void finetune_free(struct finetune *f) {
 }
 
 /* ---- packs ---- */
-static enum err read(struct finetune *f, const struct pack *pack, bool learn, struct fine_sums *sums) {
+static enum err read(struct finetune *f, const struct pack *pack, bool learn,
+                     struct fine_sums *sums) {
     const struct finetune_recipe *r = &f->recipe->finetune;
     struct pupil_weights w = {.network = f->own ? f->own : f->base, .maps = f->w};
     struct pupil_gradients g = {.network = f->d_own, .maps = f->g};
@@ -144,7 +155,8 @@ static void step_pieces(void *arg, int thread, int n_threads) {
     struct finetune *f = arg;
     const struct finetune_recipe *r = &f->recipe->finetune;
     double rate = recipe_rate_of(f->recipe, r->steps, f->step), n = (double)f->step + 1;
-    float clip = f->norm > CLIP ? (float)(CLIP / f->norm) : 1, correct_m = (float)(1 / (1 - pow(ADAM_BETA1, n))),
+    float clip = f->norm > CLIP ? (float)(CLIP / f->norm) : 1,
+          correct_m = (float)(1 / (1 - pow(ADAM_BETA1, n))),
           correct_v = (float)(1 / (1 - pow(ADAM_BETA2, n)));
     for (size_t p = (size_t)thread; p < n_pieces(f); p += (size_t)n_threads) {
         size_t at = p * PIECE, end = piece_end(f, p), maps = at < f->n_maps ? f->n_maps : at;
@@ -155,8 +167,9 @@ static void step_pieces(void *arg, int thread, int n_threads) {
         } parts[] = {{at, maps, r->lr_maps}, {maps, end, r->lr}};
         for (int i = 0; i < 2; i++)
             if (parts[i].to > parts[i].from)
-                convert_kernels()->adam(f->w + parts[i].from, f->m + parts[i].from, f->v + parts[i].from,
-                                        f->g + parts[i].from, parts[i].to - parts[i].from, clip,
+                convert_kernels()->adam(f->w + parts[i].from, f->m + parts[i].from,
+                                        f->v + parts[i].from, f->g + parts[i].from,
+                                        parts[i].to - parts[i].from, clip,
                                         (float)(rate * parts[i].lr), correct_m, correct_v);
     }
 }

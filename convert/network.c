@@ -34,7 +34,8 @@ static size_t lay_out(struct network *n, const struct base *base, float *values)
         PUT(l->attn_norm, E, true);
         PUT(l->attn_norm_bias, E, HAS(PART_ATTN_NORM_BIAS));
         PUT(l->qkv, (q + 2 * kv) * E, true);
-        PUT(l->qkv_bias, q + 2 * kv, HAS(PART_QKV_BIAS) || HAS(PART_Q_BIAS) || HAS(PART_K_BIAS) || HAS(PART_V_BIAS));
+        PUT(l->qkv_bias, q + 2 * kv,
+            HAS(PART_QKV_BIAS) || HAS(PART_Q_BIAS) || HAS(PART_K_BIAS) || HAS(PART_V_BIAS));
         PUT(l->o, E * q, true);
         PUT(l->o_bias, E, HAS(PART_O_BIAS));
         PUT(l->ffn_norm, E, true);
@@ -66,32 +67,56 @@ float *network_part(const struct network *n, enum base_part part, int layer) {
     size_t gate = c->architecture == BASE_LLAMA ? ffn : 0; /* rows before up's */
 #define INTO(field, row) ((field) ? (field) + (row) : NULL)
     switch (part) {
-    case PART_EMBED: return n->embed;
-    case PART_POSITION: return n->position;
-    case PART_NORM: return n->norm;
-    case PART_NORM_BIAS: return n->norm_bias;
-    case PART_HEAD: return n->head;
-    case PART_ATTN_NORM: return l->attn_norm;
-    case PART_ATTN_NORM_BIAS: return l->attn_norm_bias;
+    case PART_EMBED:
+        return n->embed;
+    case PART_POSITION:
+        return n->position;
+    case PART_NORM:
+        return n->norm;
+    case PART_NORM_BIAS:
+        return n->norm_bias;
+    case PART_HEAD:
+        return n->head;
+    case PART_ATTN_NORM:
+        return l->attn_norm;
+    case PART_ATTN_NORM_BIAS:
+        return l->attn_norm_bias;
     case PART_Q:
-    case PART_QKV: return l->qkv;
-    case PART_K: return INTO(l->qkv, q * E);
-    case PART_V: return INTO(l->qkv, (q + kv) * E);
+    case PART_QKV:
+        return l->qkv;
+    case PART_K:
+        return INTO(l->qkv, q * E);
+    case PART_V:
+        return INTO(l->qkv, (q + kv) * E);
     case PART_Q_BIAS:
-    case PART_QKV_BIAS: return l->qkv_bias;
-    case PART_K_BIAS: return INTO(l->qkv_bias, q);
-    case PART_V_BIAS: return INTO(l->qkv_bias, q + kv);
-    case PART_O: return l->o;
-    case PART_O_BIAS: return l->o_bias;
-    case PART_FFN_NORM: return l->ffn_norm;
-    case PART_FFN_NORM_BIAS: return l->ffn_norm_bias;
-    case PART_GATE: return l->gate_up;
-    case PART_UP: return INTO(l->gate_up, gate * E);
-    case PART_DOWN: return l->down;
-    case PART_GATE_BIAS: return l->gate_up_bias;
-    case PART_UP_BIAS: return INTO(l->gate_up_bias, gate);
-    case PART_DOWN_BIAS: return l->down_bias;
-    case N_PARTS: break;
+    case PART_QKV_BIAS:
+        return l->qkv_bias;
+    case PART_K_BIAS:
+        return INTO(l->qkv_bias, q);
+    case PART_V_BIAS:
+        return INTO(l->qkv_bias, q + kv);
+    case PART_O:
+        return l->o;
+    case PART_O_BIAS:
+        return l->o_bias;
+    case PART_FFN_NORM:
+        return l->ffn_norm;
+    case PART_FFN_NORM_BIAS:
+        return l->ffn_norm_bias;
+    case PART_GATE:
+        return l->gate_up;
+    case PART_UP:
+        return INTO(l->gate_up, gate * E);
+    case PART_DOWN:
+        return l->down;
+    case PART_GATE_BIAS:
+        return l->gate_up_bias;
+    case PART_UP_BIAS:
+        return INTO(l->gate_up_bias, gate);
+    case PART_DOWN_BIAS:
+        return l->down_bias;
+    case N_PARTS:
+        break;
     }
 #undef INTO
     return NULL;
@@ -107,7 +132,8 @@ struct reading {
     _Atomic(const struct base_tensor *) not_finite;
 };
 
-/* Pieces of all tensors, dealt out by number: every thread walks the whole list and takes what falls to it. */
+/* Pieces of all tensors, dealt out by number: every thread walks the whole list and takes what
+ * falls to it. */
 static void read_pieces(void *arg, int thread, int n_threads) {
     struct reading *r = arg;
     int mine = atomic_fetch_add(&r->next, 1), number = 0;
@@ -132,10 +158,12 @@ static void read_pieces(void *arg, int thread, int n_threads) {
 }
 
 static enum err no_memory(const struct base *base, char *msg, size_t msg_len) {
-    return err_set(msg, msg_len, ERR_NOMEM, "%s: out of memory for weights to train with", base_path(base));
+    return err_set(msg, msg_len, ERR_NOMEM, "%s: out of memory for weights to train with",
+                   base_path(base));
 }
 
-enum err network_read(struct network **out, const struct base *base, struct team *team, char *msg, size_t msg_len) {
+enum err network_read(struct network **out, const struct base *base, struct team *team, char *msg,
+                      size_t msg_len) {
     struct network *n = calloc(1, sizeof *n);
     if (!n) return no_memory(base, msg, msg_len);
     n->config = *base_config(base);
@@ -152,7 +180,8 @@ enum err network_read(struct network **out, const struct base *base, struct team
     const struct base_tensor *bad = r.not_finite;
     if (bad) {
         network_free(n);
-        return err_set(msg, msg_len, ERR_FORMAT, "%s: tensor %s holds a value that is not finite", bad->file, bad->name);
+        return err_set(msg, msg_len, ERR_FORMAT, "%s: tensor %s holds a value that is not finite",
+                       bad->file, bad->name);
     }
     *out = n;
     return OK;
@@ -180,8 +209,9 @@ enum err network_over(struct network **out, const struct network *of, float *val
         relocate(once[i], of, n);
     for (size_t i = 0; i < layers; i++) {
         struct network_layer *l = &n->layers[i];
-        float **parts[] = {&l->attn_norm, &l->attn_norm_bias, &l->qkv,     &l->qkv_bias,     &l->o,    &l->o_bias,
-                           &l->ffn_norm,  &l->ffn_norm_bias,  &l->gate_up, &l->gate_up_bias, &l->down, &l->down_bias};
+        float **parts[] = {&l->attn_norm, &l->attn_norm_bias, &l->qkv,      &l->qkv_bias,
+                           &l->o,         &l->o_bias,         &l->ffn_norm, &l->ffn_norm_bias,
+                           &l->gate_up,   &l->gate_up_bias,   &l->down,     &l->down_bias};
         for (size_t k = 0; k < sizeof parts / sizeof *parts; k++)
             relocate(parts[k], of, n);
     }

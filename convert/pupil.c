@@ -30,26 +30,27 @@ struct pupil {
     void *block;
     size_t bytes;
     float *cosines, *sines, *far_cosines, *far_sines; /* [max_tokens][D / 2], [D / 2] */
-    float *xs;                                        /* [n_layers + 1][T][E]: inputs of the layers, and what the last gives */
-    float *x_base;                                    /* [T][E]: the base's stream, then its final rows */
-    float *normed, *middle, *dx, *dn;                 /* [T][E] */
-    float *qkvs, *dqkvs;                              /* [T][qkv] */
-    float *y, *dy;                                    /* [T][q] */
-    float *dk, *dv;                                   /* [heads][T][D] */
-    float *dmap_k, *dmix;                             /* [heads][D f], [heads] */
-    float *up, *dup, *act, *dact;                     /* [FFN_ROWS][gate_up] twice, [..][ffn] twice */
-    float *z, *z_base;                                /* [HEAD_ROWS][vocab] */
-    float *mean, *r;                                  /* [T] of a norm's rows */
-    float *merged_qkv, *merged_o, *scaled_b;          /* W + scale B A of the layer at hand; scale B */
-    float *low;                                       /* [T][rank] */
-    double *losses;                                   /* [HEAD_ROWS] */
-    int64_t *sets;                                    /* of each document [n_kv_heads][blocks][cache_size] */
-    void *slot;                                       /* one layer's, softmax or not */
+    float *xs;     /* [n_layers + 1][T][E]: inputs of the layers, and what the last gives */
+    float *x_base; /* [T][E]: the base's stream, then its final rows */
+    float *normed, *middle, *dx, *dn;        /* [T][E] */
+    float *qkvs, *dqkvs;                     /* [T][qkv] */
+    float *y, *dy;                           /* [T][q] */
+    float *dk, *dv;                          /* [heads][T][D] */
+    float *dmap_k, *dmix;                    /* [heads][D f], [heads] */
+    float *up, *dup, *act, *dact;            /* [FFN_ROWS][gate_up] twice, [..][ffn] twice */
+    float *z, *z_base;                       /* [HEAD_ROWS][vocab] */
+    float *mean, *r;                         /* [T] of a norm's rows */
+    float *merged_qkv, *merged_o, *scaled_b; /* W + scale B A of the layer at hand; scale B */
+    float *low;                              /* [T][rank] */
+    double *losses;                          /* [HEAD_ROWS] */
+    int64_t *sets;                           /* of each document [n_kv_heads][blocks][cache_size] */
+    void *slot;                              /* one layer's, softmax or not */
     size_t slot_bytes;
 };
 
 /* ---- low-rank parts ---- */
-struct low_rank_part low_rank_part(const struct base_config *c, int rank, enum low_rank_target target) {
+struct low_rank_part low_rank_part(const struct base_config *c, int rank,
+                                   enum low_rank_target target) {
     int E = c->hidden_dim, q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     const struct low_rank_part parts[] = {
         {0, 0, E, q, 0}, {0, 0, E, kv, q}, {0, 0, E, kv, q + kv}, {0, 0, q, E, 0}};
@@ -75,10 +76,11 @@ static void *cut(struct carve *c, size_t bytes) {
     return here;
 }
 
-static size_t lay_out(struct pupil *p, const struct base_config *c, const struct attention_config *a, int max_tokens,
-                      int max_rank, void *block) {
+static size_t lay_out(struct pupil *p, const struct base_config *c,
+                      const struct attention_config *a, int max_tokens, int max_rank, void *block) {
     struct carve at = {block, 0};
-    size_t T = (size_t)max_tokens, D = (size_t)c->head_dim, H = (size_t)c->n_heads, rank = (size_t)max_rank;
+    size_t T = (size_t)max_tokens, D = (size_t)c->head_dim, H = (size_t)c->n_heads,
+           rank = (size_t)max_rank;
     p->E = (size_t)c->hidden_dim;
     p->q = H * D;
     p->kv = (size_t)c->n_kv_heads * D;
@@ -125,22 +127,26 @@ static size_t lay_out(struct pupil *p, const struct base_config *c, const struct
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].to = cut(&at, arrays[i].n * sizeof(float));
     p->losses = cut(&at, HEAD_ROWS * sizeof(double));
-    p->sets = cut(&at, (size_t)c->n_kv_heads * T * (size_t)a->cache_size * sizeof(int64_t)); /* blocks are no more than tokens */
+    p->sets = cut(&at, (size_t)c->n_kv_heads * T * (size_t)a->cache_size *
+                           sizeof(int64_t)); /* blocks are no more than tokens */
     return at.n;
 }
 
-static size_t softmax_slot_bytes(const struct base_config *c, int max_tokens) { /* about: keys turned or not, values */
+static size_t softmax_slot_bytes(const struct base_config *c,
+                                 int max_tokens) { /* about: keys turned or not, values */
     return 3 * sizeof(float) * (size_t)(c->n_kv_heads * c->head_dim) * (size_t)max_tokens;
 }
 
-size_t pupil_bytes(const struct base_config *c, const struct attention_config *a, int n_threads, int max_tokens,
-                   int max_rank) {
+size_t pupil_bytes(const struct base_config *c, const struct attention_config *a, int n_threads,
+                   int max_tokens, int max_rank) {
     struct pupil p;
     return lay_out(&p, c, a, max_tokens, max_rank, NULL) + gemm_scratch_bytes(n_threads) +
-           (size_t)n_threads * attention_back_scratch_bytes(a, max_tokens) + softmax_slot_bytes(c, max_tokens);
+           (size_t)n_threads * attention_back_scratch_bytes(a, max_tokens) +
+           softmax_slot_bytes(c, max_tokens);
 }
 
-static enum err attention_of(struct attention **out, const struct pupil *p, const struct pupil_weights *w, int layer) {
+static enum err attention_of(struct attention **out, const struct pupil *p,
+                             const struct pupil_weights *w, int layer) {
     struct attention_weights maps = {0};
     if (!w) return attention_new(out, &p->softmax, &maps, 1, p->rope, p->team, STEP_ROWS, 1);
     const float *params = w->maps + (size_t)layer * p->layer_params;
@@ -228,7 +234,8 @@ struct share {
 };
 static void run_share(void *arg, int thread, int n_threads) {
     const struct share *s = arg;
-    s->fn(s, s->n * (size_t)thread / (size_t)n_threads, s->n * (size_t)(thread + 1) / (size_t)n_threads);
+    s->fn(s, s->n * (size_t)thread / (size_t)n_threads,
+          s->n * (size_t)(thread + 1) / (size_t)n_threads);
 }
 static void deal(struct share s) {
     team_run(s.p->team, run_share, &s);
@@ -242,8 +249,10 @@ static void norm_share(const struct share *s, size_t first, size_t end) {
         else
             rms_norm(s->y + i, s->x + i, s->w, (int)s->width, (float)c->norm_eps);
 }
-static void norm(struct pupil *p, float *y, const float *x, const float *w, const float *b, size_t n) {
-    deal((struct share){.p = p, .fn = norm_share, .n = n, .x = x, .w = w, .b = b, .y = y, .width = p->E});
+static void norm(struct pupil *p, float *y, const float *x, const float *w, const float *b,
+                 size_t n) {
+    deal((struct share){
+        .p = p, .fn = norm_share, .n = n, .x = x, .w = w, .b = b, .y = y, .width = p->E});
 }
 
 static void norm_back_share(const struct share *s, size_t first, size_t end) {
@@ -252,10 +261,11 @@ static void norm_back_share(const struct share *s, size_t first, size_t end) {
     for (size_t n = first; n < end; n++) {
         size_t i = n * s->width;
         if (c->architecture == BASE_GPT2) {
-            p->rows->layer_norm(s->y + i, &p->mean[n], &p->r[n], s->dy + i, s->x + i, s->w, (int)s->width,
-                                (float)c->norm_eps);
+            p->rows->layer_norm(s->y + i, &p->mean[n], &p->r[n], s->dy + i, s->x + i, s->w,
+                                (int)s->width, (float)c->norm_eps);
         } else {
-            p->rows->rms_norm(s->y + i, &p->r[n], s->dy + i, s->x + i, s->w, (int)s->width, (float)c->norm_eps);
+            p->rows->rms_norm(s->y + i, &p->r[n], s->dy + i, s->x + i, s->w, (int)s->width,
+                              (float)c->norm_eps);
             p->mean[n] = 0;
         }
     }
@@ -269,10 +279,19 @@ static void norm_weights_share(const struct share *s, size_t first, size_t end) 
         }
 }
 /* dx += by x of norm(x), and with dw its weights' too. */
-static void norm_back(struct pupil *p, float *dx, const float *dy, const float *x, const float *w, float *dw, float *db,
-                      const struct pack *pack) {
-    struct share s = {.p = p, .fn = norm_back_share, .n = (size_t)pack->n, .pack = pack, .x = x, .dy = dy, .w = w, .y = dx,
-                      .dw = dw, .db = db, .width = p->E};
+static void norm_back(struct pupil *p, float *dx, const float *dy, const float *x, const float *w,
+                      float *dw, float *db, const struct pack *pack) {
+    struct share s = {.p = p,
+                      .fn = norm_back_share,
+                      .n = (size_t)pack->n,
+                      .pack = pack,
+                      .x = x,
+                      .dy = dy,
+                      .w = w,
+                      .y = dx,
+                      .dw = dw,
+                      .db = db,
+                      .width = p->E};
     deal(s);
     if (!dw) return;
     s.fn = norm_weights_share;
@@ -282,19 +301,22 @@ static void norm_back(struct pupil *p, float *dx, const float *dy, const float *
 
 /* ---- products ---- */
 /* y [n][n_out] (+)= x W^T + bias */
-static void linear(struct pupil *p, float *y, bool add, const float *x, int n, const float *w, size_t n_out, size_t n_in,
-                   const float *bias) {
+static void linear(struct pupil *p, float *y, bool add, const float *x, int n, const float *w,
+                   size_t n_out, size_t n_in, const float *bias) {
     for (size_t r = 0; bias && r < (size_t)n; r++)
         for (size_t i = 0; i < n_out; i++)
             y[r * n_out + i] = add ? y[r * n_out + i] + bias[i] : bias[i];
-    gemm(p->gemm, y, n_out, add || bias, gemm_plain(x, n_in), gemm_transposed(w, n_in), n, (int)n_out, (int)n_in);
+    gemm(p->gemm, y, n_out, add || bias, gemm_plain(x, n_in), gemm_transposed(w, n_in), n,
+         (int)n_out, (int)n_in);
 }
 /* dx = dy W;  dw += dy^T x and db += its column sums where they are wanted */
-static void linear_back(struct pupil *p, float *dx, const float *dy, const float *x, int n, const float *w, size_t n_out,
-                        size_t n_in, float *dw, float *db) {
-    gemm(p->gemm, dx, n_in, false, gemm_plain(dy, n_out), gemm_plain(w, n_in), n, (int)n_in, (int)n_out);
+static void linear_back(struct pupil *p, float *dx, const float *dy, const float *x, int n,
+                        const float *w, size_t n_out, size_t n_in, float *dw, float *db) {
+    gemm(p->gemm, dx, n_in, false, gemm_plain(dy, n_out), gemm_plain(w, n_in), n, (int)n_in,
+         (int)n_out);
     if (dw)
-        gemm(p->gemm, dw, n_in, true, gemm_transposed(dy, n_out), gemm_plain(x, n_in), (int)n_out, (int)n_in, n);
+        gemm(p->gemm, dw, n_in, true, gemm_transposed(dy, n_out), gemm_plain(x, n_in), (int)n_out,
+             (int)n_in, n);
     for (size_t r = 0; db && r < (size_t)n; r++)
         for (size_t i = 0; i < n_out; i++)
             db[i] += dy[r * n_out + i];
@@ -311,19 +333,22 @@ struct layer { /* what it multiplies with; w NULL: the base's */
 };
 
 /* merged += scale B A */
-static void merge(struct pupil *p, const struct pupil_weights *w, int layer, enum low_rank_target target) {
+static void merge(struct pupil *p, const struct pupil_weights *w, int layer,
+                  enum low_rank_target target) {
     struct low_rank_part part = low_rank_part(&p->config, w->rank, target);
     const float *low = w->low_rank + (size_t)layer * low_rank_floats(&p->config, w->rank);
     size_t rank = (size_t)w->rank, n_in = (size_t)part.n_in;
     float *to = target == LOW_RANK_O ? p->merged_o : p->merged_qkv + (size_t)part.row * n_in;
     p->rows->scale(p->scaled_b, low + part.b, w->scale, part.n_out * w->rank);
-    gemm(p->gemm, to, n_in, true, gemm_plain(p->scaled_b, rank), gemm_plain(low + part.a, n_in), part.n_out, part.n_in,
-         w->rank);
+    gemm(p->gemm, to, n_in, true, gemm_plain(p->scaled_b, rank), gemm_plain(low + part.a, n_in),
+         part.n_out, part.n_in, w->rank);
 }
 
-static struct layer layer_of(struct pupil *p, const struct pupil_weights *w, const struct pupil_gradients *g, int i) {
+static struct layer layer_of(struct pupil *p, const struct pupil_weights *w,
+                             const struct pupil_gradients *g, int i) {
     const struct network *net = w ? w->network : p->base;
-    struct layer l = {.i = i, .w = w, .net = &net->layers[i], .qkv = net->layers[i].qkv, .o = net->layers[i].o};
+    struct layer l = {
+        .i = i, .w = w, .net = &net->layers[i], .qkv = net->layers[i].qkv, .o = net->layers[i].o};
     if (g && g->network) l.grads = &g->network->layers[i];
     if (g && g->maps) l.dmaps = g->maps + (size_t)i * p->layer_params;
     if (!w || !w->low_rank) return l;
@@ -338,24 +363,28 @@ static struct layer layer_of(struct pupil *p, const struct pupil_weights *w, con
 }
 
 /* Gradients of a target's parts: y = x (W + scale B A)^T. */
-static void low_rank_back(struct pupil *p, const struct layer *l, enum low_rank_target target, const float *dy,
-                          size_t dy_row, const float *x, int n) {
+static void low_rank_back(struct pupil *p, const struct layer *l, enum low_rank_target target,
+                          const float *dy, size_t dy_row, const float *x, int n) {
     const struct pupil_weights *w = l->w;
     struct low_rank_part part = low_rank_part(&p->config, w->rank, target);
     const float *low = w->low_rank + (size_t)l->i * low_rank_floats(&p->config, w->rank);
     size_t rank = (size_t)w->rank, n_in = (size_t)part.n_in;
-    gemm(p->gemm, p->low, rank, false, gemm_plain(x, n_in), gemm_transposed(low + part.a, n_in), n, w->rank, part.n_in);
+    gemm(p->gemm, p->low, rank, false, gemm_plain(x, n_in), gemm_transposed(low + part.a, n_in), n,
+         w->rank, part.n_in);
     p->rows->scale(p->low, p->low, w->scale, n * w->rank);
-    gemm(p->gemm, l->dlow + part.b, rank, true, gemm_transposed(dy, dy_row), gemm_plain(p->low, rank), part.n_out,
-         w->rank, n);
-    gemm(p->gemm, p->low, rank, false, gemm_plain(dy, dy_row), gemm_plain(low + part.b, rank), n, w->rank, part.n_out);
+    gemm(p->gemm, l->dlow + part.b, rank, true, gemm_transposed(dy, dy_row),
+         gemm_plain(p->low, rank), part.n_out, w->rank, n);
+    gemm(p->gemm, p->low, rank, false, gemm_plain(dy, dy_row), gemm_plain(low + part.b, rank), n,
+         w->rank, part.n_out);
     p->rows->scale(p->low, p->low, w->scale, n * w->rank);
-    gemm(p->gemm, l->dlow + part.a, n_in, true, gemm_transposed(p->low, rank), gemm_plain(x, n_in), w->rank, part.n_in, n);
+    gemm(p->gemm, l->dlow + part.a, n_in, true, gemm_transposed(p->low, rank), gemm_plain(x, n_in),
+         w->rank, part.n_in, n);
 }
 
 /* ---- attention ---- */
 /* y of a document, rows first .. of qkvs; with sets, what was cached in each block. */
-static void attend(struct pupil *p, struct attention *a, bool softmax, int first, int n, int64_t *sets) {
+static void attend(struct pupil *p, struct attention *a, bool softmax, int first, int n,
+                   int64_t *sets) {
     const struct attention_config *c = &p->attention;
     bool blocks = !softmax && c->window == WINDOW_TERRACED;
     int step = blocks ? c->window_size : STEP_ROWS, n_blocks = attention_back_blocks(c, n);
@@ -364,11 +393,12 @@ static void attend(struct pupil *p, struct attention *a, bool softmax, int first
         int rows = n - at < step ? n - at : step;
         const float *qkv = p->qkvs + (size_t)(first + at) * p->qkv;
         attention_step_begin(a, &(struct attention_run){p->slot, 0, rows}, 1);
-        attention_layer(a, 0, p->y + (size_t)(first + at) * p->q, p->q, qkv, p->qkv, qkv + p->q, p->qkv,
-                        qkv + p->q + p->kv, p->qkv);
+        attention_layer(a, 0, p->y + (size_t)(first + at) * p->q, p->q, qkv, p->qkv, qkv + p->q,
+                        p->qkv, qkv + p->q + p->kv, p->qkv);
         attention_step_end(a);
         for (int g = 0; sets && n_blocks && g < c->n_kv_heads; g++) {
-            int64_t *set = sets + ((size_t)g * (size_t)n_blocks + (size_t)(at / step)) * (size_t)c->cache_size;
+            int64_t *set =
+                sets + ((size_t)g * (size_t)n_blocks + (size_t)(at / step)) * (size_t)c->cache_size;
             for (int i = attention_cache_positions(a, p->slot, 0, g, set); i < c->cache_size; i++)
                 set[i] = -1;
         }
@@ -389,7 +419,8 @@ static void head_back(void *arg, int thread, int n_threads) {
     (void)n_threads;
     for (int i; (i = atomic_fetch_add(&h->next, 1)) < p->config.n_heads;) {
         size_t at = ((size_t)i * (size_t)p->max_tokens + (size_t)h->first) * D, map = p->map_floats;
-        struct attention_gradients out = {.dq = p->dqkvs + (size_t)h->first * p->qkv + (size_t)i * D,
+        struct attention_gradients out = {.dq =
+                                              p->dqkvs + (size_t)h->first * p->qkv + (size_t)i * D,
                                           .dq_row = p->qkv,
                                           .dk = p->dk + at,
                                           .dv = p->dv + at,
@@ -403,13 +434,15 @@ static void head_back(void *arg, int thread, int n_threads) {
 /* dk, dv of a kv head: its query heads' in order. */
 static void sum_heads(const struct share *s, size_t first, size_t end) {
     struct pupil *p = s->p;
-    size_t D = (size_t)p->config.head_dim, group = (size_t)(p->config.n_heads / p->config.n_kv_heads);
+    size_t D = (size_t)p->config.head_dim,
+           group = (size_t)(p->config.n_heads / p->config.n_kv_heads);
     for (size_t n = first; n < end; n++)
         for (size_t g = 0; g < (size_t)p->config.n_kv_heads; g++)
             for (int part = 0; part < 2; part++) {
                 float *to = p->dqkvs + n * p->qkv + p->q + (size_t)part * p->kv + g * D;
                 for (size_t h = g * group; h < (g + 1) * group; h++) {
-                    const float *from = (part ? p->dv : p->dk) + (h * (size_t)p->max_tokens + n) * D;
+                    const float *from =
+                        (part ? p->dv : p->dk) + (h * (size_t)p->max_tokens + n) * D;
                     for (size_t d = 0; d < D; d++)
                         to[d] = h == g * group ? from[d] : to[d] + from[d];
                 }
@@ -471,7 +504,8 @@ static void attend_back(struct pupil *p, const struct layer *l, const struct pac
 
 /* ---- a layer ---- */
 /* normed, qkvs and y of the stream x; middle = x + W_o y. */
-static enum err first_half(struct pupil *p, const struct layer *l, const float *x, const struct pack *pack) {
+static enum err first_half(struct pupil *p, const struct layer *l, const float *x,
+                           const struct pack *pack) {
     size_t n = (size_t)pack->n;
     norm(p, p->normed, x, l->net->attn_norm, l->net->attn_norm_bias, n);
     linear(p, p->qkvs, false, p->normed, pack->n, l->qkv, p->qkv, p->E, l->net->qkv_bias);
@@ -509,7 +543,8 @@ static void activate_back_share(const struct share *s, size_t first, size_t end)
 
 /* Rows r .. r + n - 1 of normed -> up, act. */
 static void feed(struct pupil *p, const struct layer *l, size_t r, int n) {
-    linear(p, p->up, false, p->normed + r * p->E, n, l->net->gate_up, p->gate_up, p->E, l->net->gate_up_bias);
+    linear(p, p->up, false, p->normed + r * p->E, n, l->net->gate_up, p->gate_up, p->E,
+           l->net->gate_up_bias);
     deal((struct share){.p = p, .fn = activate_share, .n = (size_t)n});
 }
 
@@ -518,7 +553,8 @@ static int piece(const struct pack *pack, size_t r, int most) {
 }
 
 /* out = the layer of x; out may be x. */
-static enum err layer_forward(struct pupil *p, const struct layer *l, float *out, const float *x, const struct pack *pack) {
+static enum err layer_forward(struct pupil *p, const struct layer *l, float *out, const float *x,
+                              const struct pack *pack) {
     enum err e = first_half(p, l, x, pack);
     if (e) return e;
     norm(p, p->normed, p->middle, l->net->ffn_norm, l->net->ffn_norm_bias, (size_t)pack->n);
@@ -534,7 +570,8 @@ static enum err layer_forward(struct pupil *p, const struct layer *l, float *out
 #define GRADIENT(l, field) ((l)->grads ? (l)->grads->field : NULL)
 
 /* dx: by the layer's output -> by its input x. */
-static enum err layer_back(struct pupil *p, const struct layer *l, float *dx, const float *x, const struct pack *pack) {
+static enum err layer_back(struct pupil *p, const struct layer *l, float *dx, const float *x,
+                           const struct pack *pack) {
     const struct network_layer *net = l->net;
     enum err e = first_half(p, l, x, pack);
     if (e) return e;
@@ -542,24 +579,28 @@ static enum err layer_back(struct pupil *p, const struct layer *l, float *dx, co
     for (size_t r = 0; r < (size_t)pack->n; r += FFN_ROWS) {
         int n = piece(pack, r, FFN_ROWS);
         feed(p, l, r, n);
-        linear_back(p, p->dact, dx + r * p->E, p->act, n, net->down, p->E, p->ffn, GRADIENT(l, down),
-                    GRADIENT(l, down_bias));
+        linear_back(p, p->dact, dx + r * p->E, p->act, n, net->down, p->E, p->ffn,
+                    GRADIENT(l, down), GRADIENT(l, down_bias));
         deal((struct share){.p = p, .fn = activate_back_share, .n = (size_t)n});
-        linear_back(p, p->dn + r * p->E, p->dup, p->normed + r * p->E, n, net->gate_up, p->gate_up, p->E,
-                    GRADIENT(l, gate_up), GRADIENT(l, gate_up_bias));
+        linear_back(p, p->dn + r * p->E, p->dup, p->normed + r * p->E, n, net->gate_up, p->gate_up,
+                    p->E, GRADIENT(l, gate_up), GRADIENT(l, gate_up_bias));
     }
-    norm_back(p, dx, p->dn, p->middle, net->ffn_norm, GRADIENT(l, ffn_norm), GRADIENT(l, ffn_norm_bias), pack);
+    norm_back(p, dx, p->dn, p->middle, net->ffn_norm, GRADIENT(l, ffn_norm),
+              GRADIENT(l, ffn_norm_bias), pack);
 
     linear_back(p, p->dy, dx, p->y, pack->n, l->o, p->E, p->q, GRADIENT(l, o), GRADIENT(l, o_bias));
     if (l->dlow) low_rank_back(p, l, LOW_RANK_O, dx, p->E, p->y, pack->n);
     attend_back(p, l, pack);
     norm(p, p->normed, x, net->attn_norm, net->attn_norm_bias, (size_t)pack->n);
-    linear_back(p, p->dn, p->dqkvs, p->normed, pack->n, l->qkv, p->qkv, p->E, GRADIENT(l, qkv), GRADIENT(l, qkv_bias));
+    linear_back(p, p->dn, p->dqkvs, p->normed, pack->n, l->qkv, p->qkv, p->E, GRADIENT(l, qkv),
+                GRADIENT(l, qkv_bias));
     for (int t = LOW_RANK_Q; l->dlow && t <= LOW_RANK_V; t++) {
         struct low_rank_part part = low_rank_part(&p->config, l->w->rank, (enum low_rank_target)t);
-        low_rank_back(p, l, (enum low_rank_target)t, p->dqkvs + part.row, p->qkv, p->normed, pack->n);
+        low_rank_back(p, l, (enum low_rank_target)t, p->dqkvs + part.row, p->qkv, p->normed,
+                      pack->n);
     }
-    norm_back(p, dx, p->dn, x, net->attn_norm, GRADIENT(l, attn_norm), GRADIENT(l, attn_norm_bias), pack);
+    norm_back(p, dx, p->dn, x, net->attn_norm, GRADIENT(l, attn_norm), GRADIENT(l, attn_norm_bias),
+              pack);
     return OK;
 }
 
@@ -569,15 +610,18 @@ static void embed(struct pupil *p, const struct network *net, float *x, const st
         for (int n = pack->first[d]; n < pack->first[d + 1]; n++) {
             float *row = x + (size_t)n * p->E;
             memcpy(row, net->embed + (size_t)pack->tokens[n] * p->E, p->E * sizeof *x);
-            if (net->position) add_to(row, net->position + (size_t)(n - pack->first[d]) * p->E, (int)p->E);
+            if (net->position)
+                add_to(row, net->position + (size_t)(n - pack->first[d]) * p->E, (int)p->E);
         }
 }
-static void embed_back(struct pupil *p, const struct network *grads, const float *dx, const struct pack *pack) {
+static void embed_back(struct pupil *p, const struct network *grads, const float *dx,
+                       const struct pack *pack) {
     for (int d = 0; d < pack->n_documents; d++)
         for (int n = pack->first[d]; n < pack->first[d + 1]; n++) {
             const float *row = dx + (size_t)n * p->E;
             add_to(grads->embed + (size_t)pack->tokens[n] * p->E, row, (int)p->E);
-            if (grads->position) add_to(grads->position + (size_t)(n - pack->first[d]) * p->E, row, (int)p->E);
+            if (grads->position)
+                add_to(grads->position + (size_t)(n - pack->first[d]) * p->E, row, (int)p->E);
         }
 }
 
@@ -597,7 +641,8 @@ static float *stream(struct pupil *p, int layer) {
     return p->xs + (size_t)layer * (size_t)p->max_tokens * p->E;
 }
 
-static enum err read_pupil(struct pupil *p, const struct pupil_weights *w, const struct pack *pack) {
+static enum err read_pupil(struct pupil *p, const struct pupil_weights *w,
+                           const struct pack *pack) {
     embed(p, w->network, stream(p, 0), pack);
     for (int i = 0; i < p->config.n_layers; i++) {
         struct layer l = layer_of(p, w, NULL, i);
@@ -635,29 +680,34 @@ static void head_rows(void *arg, int thread, int n_threads) {
 }
 
 /* Loss of the pupil's final rows in normed, and dn by them. */
-static void head(struct pupil *p, const struct pupil_weights *w, const struct pack *pack, enum fine_loss loss, float share,
-                 struct network *grads, bool back, struct fine_sums *sums) {
-    int rows = loss == FINE_DISTILL ? pack->n : pack->n - pack->n_documents, V = (int)p->vocab, E = (int)p->E;
+static void head(struct pupil *p, const struct pupil_weights *w, const struct pack *pack,
+                 enum fine_loss loss, float share, struct network *grads, bool back,
+                 struct fine_sums *sums) {
+    int rows = loss == FINE_DISTILL ? pack->n : pack->n - pack->n_documents, V = (int)p->vocab,
+        E = (int)p->E;
     for (int r = 0; r < pack->n; r += HEAD_ROWS) {
         int n = piece(pack, (size_t)r, HEAD_ROWS);
         const float *x = p->normed + (size_t)r * p->E;
-        gemm(p->gemm, p->z, p->vocab, false, gemm_plain(x, p->E), gemm_transposed(w->network->head, p->E), n, V, E);
+        gemm(p->gemm, p->z, p->vocab, false, gemm_plain(x, p->E),
+             gemm_transposed(w->network->head, p->E), n, V, E);
         if (loss == FINE_DISTILL)
-            gemm(p->gemm, p->z_base, p->vocab, false, gemm_plain(p->x_base + (size_t)r * p->E, p->E),
+            gemm(p->gemm, p->z_base, p->vocab, false,
+                 gemm_plain(p->x_base + (size_t)r * p->E, p->E),
                  gemm_transposed(p->base->head, p->E), n, V, E);
         struct head h = {p, pack, loss, share / (float)rows, r, n};
         team_run(p->team, head_rows, &h);
         for (int i = 0; i < n; i++)
             sums->loss += p->losses[i];
         if (!back) continue;
-        linear_back(p, p->dn + (size_t)r * p->E, p->z, x, n, w->network->head, p->vocab, p->E, grads ? grads->head : NULL,
-                    NULL);
+        linear_back(p, p->dn + (size_t)r * p->E, p->z, x, n, w->network->head, p->vocab, p->E,
+                    grads ? grads->head : NULL, NULL);
     }
     sums->rows += rows;
 }
 
-enum err pupil_learn(struct pupil *p, const struct pupil_weights *w, const struct pack *pack, enum fine_loss loss,
-                     float share, const struct pupil_gradients *g, struct fine_sums *sums) {
+enum err pupil_learn(struct pupil *p, const struct pupil_weights *w, const struct pack *pack,
+                     enum fine_loss loss, float share, const struct pupil_gradients *g,
+                     struct fine_sums *sums) {
     struct network *grads = g ? g->network : NULL;
     size_t n = (size_t)pack->n;
     int L = p->config.n_layers;
@@ -668,8 +718,8 @@ enum err pupil_learn(struct pupil *p, const struct pupil_weights *w, const struc
     head(p, w, pack, loss, share, grads, g != NULL, sums);
     if (!g) return OK;
     memset(p->dx, 0, n * p->E * sizeof *p->dx);
-    norm_back(p, p->dx, p->dn, stream(p, L), w->network->norm, grads ? grads->norm : NULL, grads ? grads->norm_bias : NULL,
-              pack);
+    norm_back(p, p->dx, p->dn, stream(p, L), w->network->norm, grads ? grads->norm : NULL,
+              grads ? grads->norm_bias : NULL, pack);
     for (int i = L - 1; i >= 0; i--) {
         struct layer l = layer_of(p, w, g, i);
         if ((e = layer_back(p, &l, p->dx, stream(p, i), pack))) return e;
@@ -679,16 +729,19 @@ enum err pupil_learn(struct pupil *p, const struct pupil_weights *w, const struc
 }
 
 /* ---- tests ---- */
-enum err pupil_read(struct pupil *p, const struct pupil_weights *w, const struct pack *pack, const float **rows) {
+enum err pupil_read(struct pupil *p, const struct pupil_weights *w, const struct pack *pack,
+                    const float **rows) {
     enum err e = w ? read_pupil(p, w, pack) : read_base(p, pack);
     if (e) return e;
-    if (w) norm(p, p->normed, stream(p, p->config.n_layers), w->network->norm, w->network->norm_bias, (size_t)pack->n);
+    if (w)
+        norm(p, p->normed, stream(p, p->config.n_layers), w->network->norm, w->network->norm_bias,
+             (size_t)pack->n);
     *rows = w ? p->normed : p->x_base;
     return OK;
 }
 
-enum err pupil_cache(struct pupil *p, const struct pupil_weights *w, const struct pack *pack, int layer,
-                     const int64_t **sets) {
+enum err pupil_cache(struct pupil *p, const struct pupil_weights *w, const struct pack *pack,
+                     int layer, const int64_t **sets) {
     struct layer l = layer_of(p, w, NULL, layer);
     *sets = p->sets;
     return first_half(p, &l, stream(p, layer), pack);

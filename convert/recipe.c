@@ -52,7 +52,8 @@ static void start_from(struct recipe *r, const char *name, const struct base_con
                                                .lr_maps = 1e-4};
         return;
     }
-    /* LoLCATs: rank 8, alpha 16, maps stay.  Hedgehog: all parameters, as its GPT-2 (hedgehog.md 5). */
+    /* LoLCATs: rank 8, alpha 16, maps stay.  Hedgehog: all parameters, as its GPT-2 (hedgehog.md
+     * 5). */
     r->finetune = (struct finetune_recipe){.method = FINETUNE_LOW_RANK,
                                            .next_token = true,
                                            .steps = 220,
@@ -144,8 +145,10 @@ int recipe_least_tokens(const struct attention_config *a) {
 }
 
 static void set_finetune(struct recipe *r, const struct settings *s) {
-    static const char *const methods[] = {"none", "low-rank", "full", NULL}, *const losses[] = {"distill", "next-token",
-                                                                                               NULL};
+    static const char *const methods[] = {"none", "low-rank", "full", NULL}, *const losses[] = {
+                                                                                 "distill",
+                                                                                 "next-token",
+                                                                                 NULL};
     struct finetune_recipe *f = &r->finetune;
     enum finetune_method was = f->method;
     f->method = (enum finetune_method)choice(s->finetune, methods, (int)f->method);

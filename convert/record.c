@@ -82,7 +82,8 @@ static enum err link_file(void *arg, const char *path, const char *name, char *m
 }
 
 /* All but weights. */
-static enum err link_words(void *arg, const char *path, const char *name, char *msg, size_t msg_len) {
+static enum err link_words(void *arg, const char *path, const char *name, char *msg,
+                           size_t msg_len) {
     return strstr(name, ".safetensors") ? OK : link_file(arg, path, name, msg, msg_len);
 }
 
@@ -125,8 +126,10 @@ static enum err write_tensors(const struct run *run, char *msg, size_t msg_len) 
     const struct training *t = run->training;
     const struct attention_config *a = &run->recipe.attention;
     const struct finetune *f = run->recipe.finetune.method == FINETUNE_LOW_RANK ? run->fine : NULL;
-    int n = 0, states = a->key_map_per_query_head ? a->n_heads : a->n_kv_heads, rank = run->recipe.finetune.rank;
-    struct tensor_out *tensors = calloc((size_t)t->n_layers * (3 + 2 * N_LOW_RANK_TARGETS), sizeof *tensors);
+    int n = 0, states = a->key_map_per_query_head ? a->n_heads : a->n_kv_heads,
+        rank = run->recipe.finetune.rank;
+    struct tensor_out *tensors =
+        calloc((size_t)t->n_layers * (3 + 2 * N_LOW_RANK_TARGETS), sizeof *tensors);
     if (!tensors) return err_set(msg, msg_len, ERR_NOMEM, "out of memory");
     n = 0;
     for (int i = 0; i < t->n_layers; i++) {
@@ -146,13 +149,17 @@ static enum err write_tensors(const struct run *run, char *msg, size_t msg_len) 
             snprintf(out[k].name, sizeof out[k].name, "layers.%d.attn.%s", i, parts[k]);
         n += 3;
         for (int target = 0; f && target < N_LOW_RANK_TARGETS; target++, n += 2) {
-            struct low_rank_part p = low_rank_part(&f->base->config, rank, (enum low_rank_target)target);
-            const float *low = f->w + f->n_maps + (size_t)i * low_rank_floats(&f->base->config, rank);
-            tensors[n] = (struct tensor_out){.n_dims = 2, .dims = {rank, p.n_in}, .values = low + p.a};
-            tensors[n + 1] = (struct tensor_out){.n_dims = 2, .dims = {p.n_out, rank}, .values = low + p.b};
+            struct low_rank_part p =
+                low_rank_part(&f->base->config, rank, (enum low_rank_target)target);
+            const float *low =
+                f->w + f->n_maps + (size_t)i * low_rank_floats(&f->base->config, rank);
+            tensors[n] =
+                (struct tensor_out){.n_dims = 2, .dims = {rank, p.n_in}, .values = low + p.a};
+            tensors[n + 1] =
+                (struct tensor_out){.n_dims = 2, .dims = {p.n_out, rank}, .values = low + p.b};
             for (int k = 0; k < 2; k++)
-                snprintf(tensors[n + k].name, sizeof tensors[n].name, "layers.%d.attn.%s.lora_%c", i, targets[target],
-                         "AB"[k]);
+                snprintf(tensors[n + k].name, sizeof tensors[n].name, "layers.%d.attn.%s.lora_%c",
+                         i, targets[target], "AB"[k]);
         }
     }
     enum err e =
@@ -162,7 +169,8 @@ static enum err write_tensors(const struct run *run, char *msg, size_t msg_len) 
 }
 
 /* All weights, under the names and in the shapes that the base's files have them, in fp32. */
-static enum err write_network(const struct run *run, const struct base *base, char *msg, size_t msg_len) {
+static enum err write_network(const struct run *run, const struct base *base, char *msg,
+                              size_t msg_len) {
     const struct network *net = run->fine->own;
     int layers = net->config.n_layers, n = 0;
     struct tensor_out *tensors = calloc((size_t)(layers + 1) * N_PARTS, sizeof *tensors);
@@ -176,7 +184,8 @@ static enum err write_network(const struct run *run, const struct base *base, ch
             const float *w = network_part(net, (enum base_part)part, i);
             size_t rows = (size_t)t->n_out, columns = (size_t)t->n_in;
             bool vector = t->st->n_dims == 1;
-            *out = (struct tensor_out){.n_dims = vector ? 1 : 2, .dims = {t->n_out, t->n_in}, .values = w};
+            *out = (struct tensor_out){
+                .n_dims = vector ? 1 : 2, .dims = {t->n_out, t->n_in}, .values = w};
             if (snprintf(out->name, sizeof out->name, "%s", t->name) >= (int)sizeof out->name)
                 e = err_set(msg, msg_len, ERR_FORMAT, "tensor %s: the name is too long", t->name);
             if (!t->transposed || vector) continue;
@@ -287,13 +296,16 @@ static cJSON *finetune_json(const struct run *run, bool whole) {
     cJSON_AddNumberToObject(o, "tokens_read", (double)read);
     cJSON_AddItemToObject(o, "loss_before", number(rounded(run->fine_before)));
     cJSON_AddItemToObject(o, "loss_after", number(rounded(run->fine_after)));
-    cJSON *loss = cJSON_AddArrayToObject(curve, "loss"), *norm = cJSON_AddArrayToObject(curve, "gradient_norm"),
-          *rate = cJSON_AddArrayToObject(curve, "lr"), *tokens = cJSON_AddArrayToObject(curve, "tokens");
+    cJSON *loss = cJSON_AddArrayToObject(curve, "loss"),
+          *norm = cJSON_AddArrayToObject(curve, "gradient_norm"),
+          *rate = cJSON_AddArrayToObject(curve, "lr"),
+          *tokens = cJSON_AddArrayToObject(curve, "tokens");
     for (int64_t i = 0; whole && i < run->fine->step; i++) {
         const struct fine_point *p = &run->fine_curve[i];
         cJSON_AddItemToArray(loss, number(rounded(p->loss)));
         cJSON_AddItemToArray(norm, number(rounded(p->norm)));
-        cJSON_AddItemToArray(rate, number(rounded(recipe_rate_of(&run->recipe, r->steps, i) * r->lr)));
+        cJSON_AddItemToArray(rate,
+                             number(rounded(recipe_rate_of(&run->recipe, r->steps, i) * r->lr)));
         cJSON_AddItemToArray(tokens, number((double)p->tokens));
     }
     if (whole)
@@ -361,8 +373,8 @@ static cJSON *urchin_json(const struct run *run, const char *name) {
     return o;
 }
 
-enum err record_write(const struct run *run, const struct base *base, const char *base_path, const char *name,
-                      double seconds, char *msg, size_t msg_len) {
+enum err record_write(const struct run *run, const struct base *base, const char *base_path,
+                      const char *name, double seconds, char *msg, size_t msg_len) {
     bool full = run->fine && run->fine->own;
     enum err e = write_tensors(run, msg, msg_len);
     if (!e && full) e = write_network(run, base, msg, msg_len);

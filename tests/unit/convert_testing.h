@@ -1,4 +1,5 @@
-/* convert_testing.h - `urchin convert` run from the words of its command line, in a folder of the test's own. */
+/* convert_testing.h - `urchin convert` run from the words of its command line, in a folder of the
+ * test's own. */
 #ifndef URCHIN_TESTS_CONVERT_TESTING_H
 #define URCHIN_TESTS_CONVERT_TESTING_H
 
@@ -116,14 +117,16 @@ static inline struct model *open_model(const char *path) {
 }
 
 /* Scores of base and model over the first tokens of a text, in windows of 512. */
-static inline void read_both(const char *path, const char *file, int64_t n_tokens, struct score scores[2]) {
+static inline void read_both(const char *path, const char *file, int64_t n_tokens,
+                             struct score scores[2]) {
     struct model *m = open_model(path), *base = open_model(STORIES);
     struct bytes text = contents(file);
     int32_t *ids;
     size_t n;
     char msg[512] = "";
     assert_int_equal(tokenize(model_tokenizer(m), (char *)text.at, text.len, 0, &ids, &n), OK);
-    struct text t = {ids, n_tokens < (int64_t)n ? n_tokens : (int64_t)n, tokenizer_bos(model_tokenizer(m))};
+    struct text t = {ids, n_tokens < (int64_t)n ? n_tokens : (int64_t)n,
+                     tokenizer_bos(model_tokenizer(m))};
     struct reader readers[] = {{.name = "base", .model = base, .linear = true},
                                {.name = "pupil", .model = m, .linear = true}};
     memset(scores, 0, 2 * sizeof *scores);

@@ -1,5 +1,6 @@
-/* fine_reference.h - the converted model and its losses in double, as their definitions have them: row by row, the state
- * summed key by key.  What the passes of convert/pupil.c are compared with.  Cache sets are given. */
+/* fine_reference.h - the converted model and its losses in double, as their definitions have them:
+ * row by row, the state summed key by key.  What the passes of convert/pupil.c are compared with.
+ * Cache sets are given. */
 #ifndef URCHIN_TESTS_FINE_REFERENCE_H
 #define URCHIN_TESTS_FINE_REFERENCE_H
 
@@ -12,9 +13,9 @@
 #include <string.h>
 
 struct fine_reference {
-    const struct network *shape; /* where parts lie among values */
+    const struct network *shape;              /* where parts lie among values */
     const struct attention_config *attention; /* NULL: softmax */
-    double *values, *maps, *low; /* low NULL: none */
+    double *values, *maps, *low;              /* low NULL: none */
     int rank;
     double scale, rope_base, rope_factor; /* rope_base 0: none */
     const struct pack *pack;
@@ -36,7 +37,8 @@ static inline const double *ref_at(const struct fine_reference *r, const float *
     return part ? r->values + (part - r->shape->values) : NULL;
 }
 
-static inline void ref_norm(const struct fine_reference *r, double *y, const double *x, const double *w, const double *b) {
+static inline void ref_norm(const struct fine_reference *r, double *y, const double *x,
+                            const double *w, const double *b) {
     const struct base_config *c = &r->shape->config;
     int n = c->hidden_dim;
     double mean = 0, square = 0;
@@ -47,11 +49,13 @@ static inline void ref_norm(const struct fine_reference *r, double *y, const dou
     for (int i = 0; i < n; i++)
         y[i] = (x[i] - mean) / sqrt(square + c->norm_eps) * w[i] + (b ? b[i] : 0);
 }
-static inline void ref_linear(double *y, const double *x, const double *w, const double *b, int n_out, int n_in) {
+static inline void ref_linear(double *y, const double *x, const double *w, const double *b,
+                              int n_out, int n_in) {
     for (int o = 0; o < n_out; o++)
         y[o] = ref_dot(x, w + (size_t)o * (size_t)n_in, n_in) + (b ? b[o] : 0);
 }
-static inline void ref_turn(const struct fine_reference *r, double *y, const double *x, double position) {
+static inline void ref_turn(const struct fine_reference *r, double *y, const double *x,
+                            double position) {
     int D = r->shape->config.head_dim;
     memcpy(y, x, (size_t)D * sizeof *y);
     for (int i = 0; r->rope_base > 0 && i < D / 2; i++) {
@@ -60,7 +64,8 @@ static inline void ref_turn(const struct fine_reference *r, double *y, const dou
         y[i + D / 2] = x[i + D / 2] * cos(a) + x[i] * sin(a);
     }
 }
-static inline void ref_phi(enum feature_map map, double *phi, const double *x, const double *w, int D, int f) {
+static inline void ref_phi(enum feature_map map, double *phi, const double *x, const double *w,
+                           int D, int f) {
     double sums[2] = {0};
     for (int i = 0; i < f; i++) {
         double u = 0;
@@ -84,11 +89,12 @@ static inline bool ref_in(const int64_t *set, int n, int64_t x) {
 enum { REF_D = 16, REF_F = 64, REF_T = 64 };
 
 /* y of query head h for all rows of a document of n tokens whose qkv begin at qkv. */
-static inline void ref_attend(const struct fine_reference *r, int layer, int h, const double *qkv, int n_tokens,
-                              const int64_t *sets, double *y) {
+static inline void ref_attend(const struct fine_reference *r, int layer, int h, const double *qkv,
+                              int n_tokens, const int64_t *sets, double *y) {
     const struct base_config *b = &r->shape->config;
     const struct attention_config *c = r->attention;
-    int D = b->head_dim, H = b->n_heads, g = h / (H / b->n_kv_heads), row = (H + 2 * b->n_kv_heads) * D;
+    int D = b->head_dim, H = b->n_heads, g = h / (H / b->n_kv_heads),
+        row = (H + 2 * b->n_kv_heads) * D;
     int w = c ? c->window_size : 0, size = c ? c->cache_size : 0, f = c ? c->features : 0;
     int blocks = size ? (n_tokens + w - 1) / w : 0;
     double S[REF_F][REF_D + 1] = {{0}}, held = 0;
@@ -101,24 +107,29 @@ static inline void ref_attend(const struct fine_reference *r, int layer, int h, 
     }
     for (int n = 0; n < n_tokens; n++) {
         const double *q = qkv + (size_t)n * (size_t)row + h * D;
-        const int64_t *now = size ? sets + ((size_t)(g * blocks + n / w)) * (size_t)size : NULL, *before = now - size;
-        double qt[REF_D], q_far[REF_D], kt[REF_D], phi[REF_F], logit[REF_T], top = -INFINITY, total = 0, out[REF_D] = {0};
+        const int64_t *now = size ? sets + ((size_t)(g * blocks + n / w)) * (size_t)size : NULL,
+                      *before = now - size;
+        double qt[REF_D], q_far[REF_D], kt[REF_D], phi[REF_F], logit[REF_T],
+            top = -INFINITY, total = 0, out[REF_D] = {0};
         bool exact[REF_T];
         ref_turn(r, qt, q, n);
         if (c) ref_turn(r, q_far, q, (double)c->max_distance);
         for (int j = 0; j <= n; j++) {
-            const double *k = qkv + (size_t)j * (size_t)row + (H + g) * D, *v = k + b->n_kv_heads * D;
+            const double *k = qkv + (size_t)j * (size_t)row + (H + g) * D,
+                         *v = k + b->n_kv_heads * D;
             bool window = !c || (c->window == WINDOW_SLIDING && j > n - w) ||
                           (c->window == WINDOW_TERRACED && j / w >= n / w - 1);
             exact[j] = window || (c && j < c->sinks) || (size && ref_in(now, size, j));
             int from = c && c->window == WINDOW_TERRACED ? n / w * w : n;
             ref_turn(r, kt, k, j);
             logit[j] = ref_dot(qt, kt, D) / sqrt(D);
-            if (exact[j] && !window && c->max_distance && r->rope_base > 0 && from - j > c->max_distance)
+            if (exact[j] && !window && c->max_distance && r->rope_base > 0 &&
+                from - j > c->max_distance)
                 logit[j] = ref_dot(q_far, k, D) / sqrt(D);
             if (exact[j]) top = fmax(top, logit[j]);
             if (!c) continue;
-            bool leaves = (c->window == WINDOW_NONE && j == n) || (c->window == WINDOW_SLIDING && j == n - w);
+            bool leaves =
+                (c->window == WINDOW_NONE && j == n) || (c->window == WINDOW_SLIDING && j == n - w);
             if (c->window == WINDOW_TERRACED && n % w == 0 && n / w >= 2)
                 leaves = j / w == n / w - 2 || (size && ref_in(before, size, j));
             if (!leaves || exact[j]) continue;
@@ -161,16 +172,19 @@ static inline void ref_attend(const struct fine_reference *r, int layer, int h, 
 static inline double *ref_logits(const struct fine_reference *r) {
     const struct network *s = r->shape;
     const struct base_config *c = &s->config;
-    int E = c->hidden_dim, q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim, row = q + 2 * kv,
-        gate_up = c->architecture == BASE_LLAMA ? 2 * c->ffn_dim : c->ffn_dim, T = r->pack->n;
-    double *x = ref_new((size_t)(T * E)), *qkv = ref_new((size_t)(T * row)), *y = ref_new((size_t)(T * q)),
-           *n = ref_new((size_t)E), *up = ref_new((size_t)gate_up), *d = ref_new((size_t)E),
-           *w = ref_new((size_t)(row * E)), *w_o = ref_new((size_t)(E * q)), *z = ref_new((size_t)T * (size_t)c->vocab_size);
+    int E = c->hidden_dim, q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim,
+        row = q + 2 * kv, gate_up = c->architecture == BASE_LLAMA ? 2 * c->ffn_dim : c->ffn_dim,
+        T = r->pack->n;
+    double *x = ref_new((size_t)(T * E)), *qkv = ref_new((size_t)(T * row)),
+           *y = ref_new((size_t)(T * q)), *n = ref_new((size_t)E), *up = ref_new((size_t)gate_up),
+           *d = ref_new((size_t)E), *w = ref_new((size_t)(row * E)),
+           *w_o = ref_new((size_t)(E * q)), *z = ref_new((size_t)T * (size_t)c->vocab_size);
     for (int doc = 0; doc < r->pack->n_documents; doc++)
         for (int t = r->pack->first[doc]; t < r->pack->first[doc + 1]; t++)
             for (int i = 0; i < E; i++)
-                x[t * E + i] = ref_at(r, s->embed)[r->pack->tokens[t] * E + i] +
-                               (s->position ? ref_at(r, s->position)[(t - r->pack->first[doc]) * E + i] : 0);
+                x[t * E + i] =
+                    ref_at(r, s->embed)[r->pack->tokens[t] * E + i] +
+                    (s->position ? ref_at(r, s->position)[(t - r->pack->first[doc]) * E + i] : 0);
     for (int layer = 0; layer < c->n_layers; layer++) {
         const struct network_layer *l = &s->layers[layer];
         memcpy(w, ref_at(r, l->qkv), (size_t)(row * E) * sizeof *w);
@@ -221,7 +235,8 @@ static inline double *ref_logits(const struct fine_reference *r) {
     }
     for (int t = 0; t < T; t++) {
         ref_norm(r, n, x + t * E, ref_at(r, s->norm), ref_at(r, s->norm_bias));
-        ref_linear(z + (size_t)t * (size_t)c->vocab_size, n, ref_at(r, s->head), NULL, c->vocab_size, E);
+        ref_linear(z + (size_t)t * (size_t)c->vocab_size, n, ref_at(r, s->head), NULL,
+                   c->vocab_size, E);
     }
     free(x), free(qkv), free(y), free(n), free(up), free(d), free(w), free(w_o);
     return z;
@@ -242,7 +257,8 @@ static inline double ref_loss(const struct fine_reference *r, const double *base
     double *z = ref_logits(r), sum = 0;
     for (int doc = 0; doc < r->pack->n_documents; doc++)
         for (int t = r->pack->first[doc]; t < r->pack->first[doc + 1]; t++) {
-            const double *mine = z + (size_t)t * (size_t)V, *theirs = base ? base + (size_t)t * (size_t)V : NULL;
+            const double *mine = z + (size_t)t * (size_t)V,
+                         *theirs = base ? base + (size_t)t * (size_t)V : NULL;
             double log_z = ref_log_sum(mine, V), log_base = base ? ref_log_sum(theirs, V) : 0;
             if (!base && t + 1 == r->pack->first[doc + 1]) continue;
             rows++;

@@ -7,9 +7,8 @@
 #include <sys/resource.h>
 
 #define STORIES_CONVERT                                                                            \
-    "convert", STORIES, "--text", TEXT, "--weights", "fp32", "--kv-type", "fp32", "--finetune", "none", "--window-size", \
-        "32", "--cache-size", "16"
-
+    "convert", STORIES, "--text", TEXT, "--weights", "fp32", "--kv-type", "fp32", "--finetune",    \
+        "none", "--window-size", "32", "--cache-size", "16"
 
 /* ---- what it is for ---- */
 
@@ -136,7 +135,11 @@ static void test_every_recipe_converts_every_architecture(void **state) {
                 const char *window = r == 2 ? "0" : "8";
                 CONVERTED("convert", gguf ? file : base, "--text", in("letters.txt"), "--out", out,
                           "--recipe", recipes[r], "--steps", "3", "--window-size", window,
-                          "--cache-size", r ? "0" : "8", "--rows", "11", "--finetune-steps", "2", "--finetune", gguf ? "low-rank" : r ? "full" : "low-rank");
+                          "--cache-size", r ? "0" : "8", "--rows", "11", "--finetune-steps", "2",
+                          "--finetune",
+                          gguf ? "low-rank"
+                          : r  ? "full"
+                               : "low-rank");
                 reads(out);
             }
 }

@@ -4,11 +4,11 @@
 
 #define TRAIN_TEXT "tests/data/text/tinystories-train-head.txt"
 #define BASE_CONVERT                                                                               \
-    "convert", STORIES, "--text", TRAIN_TEXT, "--weights", "fp32", "--kv-type", "fp32", "--window-size", "32",             \
-        "--cache-size", "16"
+    "convert", STORIES, "--text", TRAIN_TEXT, "--weights", "fp32", "--kv-type", "fp32",            \
+        "--window-size", "32", "--cache-size", "16"
 #define SHORT                                                                                      \
-    BASE_CONVERT, "--length", "160", "--long-every", "0", "--steps", "2", "--rows", "20", "--rank", "3", "--finetune-lr", "0.003", \
-        "--finetune-lr-maps", "0.003"
+    BASE_CONVERT, "--length", "160", "--long-every", "0", "--steps", "2", "--rows", "20",          \
+        "--rank", "3", "--finetune-lr", "0.003", "--finetune-lr-maps", "0.003"
 
 static double number_of(const char *path, const char *object, const char *key) {
     struct json *record;
@@ -18,8 +18,8 @@ static double number_of(const char *path, const char *object, const char *key) {
     return x;
 }
 
-/* The whole way: held-out text, a window and a cache that are an eleventh of what is read.  What it costs without fine-tuning is
- * 4 % (bench/convert_stories.sh has more steps, and 1.4 %). */
+/* The whole way: held-out text, a window and a cache that are an eleventh of what is read.  What it
+ * costs without fine-tuning is 4 % (bench/convert_stories.sh has more steps, and 1.4 %). */
 static void test_both_stages_bring_a_model_within_two_percent_of_its_base(void **state) {
     (void)state;
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -30,8 +30,8 @@ static void test_both_stages_bring_a_model_within_two_percent_of_its_base(void *
     double most = 1.02;
 #endif
     struct score scores[2];
-    CONVERTED(BASE_CONVERT, "--out", in("out"), "--steps", steps, "--finetune-steps", fine_steps, "--finetune-accumulate", "1",
-              "--finetune-lr", "0.003", "--finetune-lr-maps", "0.01");
+    CONVERTED(BASE_CONVERT, "--out", in("out"), "--steps", steps, "--finetune-steps", fine_steps,
+              "--finetune-accumulate", "1", "--finetune-lr", "0.003", "--finetune-lr-maps", "0.01");
     read_both(in("out"), TEXT, 23000, scores);
     double ratio = score_perplexity(&scores[1]) / score_perplexity(&scores[0]);
     if (!(ratio < most)) fail_msg("perplexity %.4f times the base's", ratio);
@@ -39,18 +39,21 @@ static void test_both_stages_bring_a_model_within_two_percent_of_its_base(void *
                 number_of(in("out/conversion.json"), "finetune", "loss_before"));
 }
 
-/* What was trained is what is served: the record's loss on the probe's packs is the folder's own, read by the engine. */
+/* What was trained is what is served: the record's loss on the probe's packs is the folder's own,
+ * read by the engine. */
 static void test_every_method_and_loss_gets_better_at_its_own_text(void **state) {
     (void)state;
-    static const char *const methods[] = {"low-rank", "full"}, *const losses[] = {"distill", "next-token"};
+    static const char *const methods[] = {"low-rank", "full"}, *const losses[] = {"distill",
+                                                                                  "next-token"};
     for (int m = 0; m < 2; m++)
         for (int l = 0; l < 2; l++) {
             char out[40], record[80];
             snprintf(out, sizeof out, "%s-%s", methods[m], losses[l]);
             snprintf(record, sizeof record, "%s/conversion.json", out);
-            CONVERTED(SHORT, "--out", in(out), "--finetune", methods[m], "--finetune-loss", losses[l], "--finetune-steps", "8",
-                      "--finetune-lr", m ? "0.0001" : "0.003");
-            double before = number_of(in(record), "finetune", "loss_before"), after = number_of(in(record), "finetune", "loss_after");
+            CONVERTED(SHORT, "--out", in(out), "--finetune", methods[m], "--finetune-loss",
+                      losses[l], "--finetune-steps", "8", "--finetune-lr", m ? "0.0001" : "0.003");
+            double before = number_of(in(record), "finetune", "loss_before"),
+                   after = number_of(in(record), "finetune", "loss_after");
             if (!(after < before)) fail_msg("%s: loss %.5f before, %.5f after", out, before, after);
             struct score scores[2];
             read_both(in(out), TEXT, 600, scores);
@@ -67,13 +70,15 @@ static void test_any_number_of_threads_makes_the_same_bytes(void **state) {
             struct team *some;
             snprintf(outs[threads - 1], sizeof outs[0], "%s%d", methods[m], threads);
             assert_int_equal(team_new(&some, threads), OK);
-            if (convert_on(some, (const char *const[]){SHORT, "--out", in(outs[threads - 1]), "--finetune", methods[m],
-                                                       "--finetune-steps", "3", "--seed", "3", NULL}))
+            if (convert_on(some, (const char *const[]){SHORT, "--out", in(outs[threads - 1]),
+                                                       "--finetune", methods[m], "--finetune-steps",
+                                                       "3", "--seed", "3", NULL}))
                 fail_msg("%s", said);
             team_free(some);
         }
         for (int i = 1; i < 3; i++) {
-            static const char *const files[] = {"hedgehog.safetensors", "urchin.json", "model.safetensors"}; /* low-rank: the base's */
+            static const char *const files[] = {"hedgehog.safetensors", "urchin.json",
+                                                "model.safetensors"}; /* low-rank: the base's */
             for (int f = 0; f < 3; f++) {
                 snprintf(path[0], sizeof path[0], "%s/%s", outs[0], files[f]);
                 snprintf(path[1], sizeof path[1], "%s/%s", outs[i], files[f]);
@@ -108,8 +113,10 @@ static void test_a_checkpoint_of_fine_tuning_is_refused_when_damaged_or_anothers
     convert_interrupt_after(0);
     assert_int_equal(status, 130);
     struct bytes was = contents(in("out/checkpoint"));
-    REFUSED("finetune.lr was 0.003, now it is 0.1", SHORT, "--out", in("out"), "--finetune-steps", "4", "--finetune-lr", "0.1");
-    REFUSED("finetune.rank was 3, now it is 4", SHORT, "--out", in("out"), "--finetune-steps", "4", "--rank", "4");
+    REFUSED("finetune.lr was 0.003, now it is 0.1", SHORT, "--out", in("out"), "--finetune-steps",
+            "4", "--finetune-lr", "0.1");
+    REFUSED("finetune.rank was 3, now it is 4", SHORT, "--out", in("out"), "--finetune-steps", "4",
+            "--rank", "4");
     for (size_t i = 1; i < 8; i++) { /* in every part */
         size_t at = was.len * i / 8;
         was.at[at] ^= 4;
@@ -124,8 +131,8 @@ static void test_a_checkpoint_of_fine_tuning_is_refused_when_damaged_or_anothers
 
 static void test_fine_tuning_that_diverges_stops_and_keeps_what_was_good(void **state) {
     (void)state;
-    REFUSED("training was stopped", SHORT, "--out", in("out"), "--finetune-steps", "60", "--finetune-lr", "10",
-            "--finetune-lr-maps", "10");
+    REFUSED("training was stopped", SHORT, "--out", in("out"), "--finetune-steps", "60",
+            "--finetune-lr", "10", "--finetune-lr-maps", "10");
     assert_true(strstr(said, "--finetune-lr"));
     assert_true(is_there(in("out/checkpoint")));
     assert_false(is_there(in("out/urchin.json")));
@@ -138,9 +145,10 @@ static void test_what_does_not_go_together_is_refused(void **state) {
     snprintf(file, sizeof file, "%s/model.gguf", base);
     mkdir(base, 0700);
     check_write(base, "llama");
-    REFUSED("Hugging Face folder", "convert", file, "--text", TEXT, "--out", in("out"), "--window-size", "8", "--finetune",
-            "full");
-    REFUSED("--memory", BASE_CONVERT, "--out", in("out"), "--memory", "12M", "--finetune", "full", "--long-every", "0");
+    REFUSED("Hugging Face folder", "convert", file, "--text", TEXT, "--out", in("out"),
+            "--window-size", "8", "--finetune", "full");
+    REFUSED("--memory", BASE_CONVERT, "--out", in("out"), "--memory", "12M", "--finetune", "full",
+            "--long-every", "0");
     CONVERTED(SHORT, "--out", in("none"), "--finetune", "none");
     struct bytes text = contents(in("none/urchin.json"));
     put(&text, "", 1);

@@ -1,5 +1,6 @@
-/* test_finetune_pass.c - forward and backward pass of a model that is fine-tuned: its gradients against central differences of
- * the definition in double (fine_reference.h), its forward against the engine. */
+/* test_finetune_pass.c - forward and backward pass of a model that is fine-tuned: its gradients
+ * against central differences of the definition in double (fine_reference.h), its forward against
+ * the engine. */
 #include "checkpoints.h"
 #include "fine_reference.h"
 #include "model/model.h"
@@ -9,7 +10,11 @@
 
 #include <cmocka.h>
 
-enum { T = 37, RANK = 3, SECOND = 15 }; /* tokens of the pack; the second document begins at SECOND */
+enum {
+    T = 37,
+    RANK = 3,
+    SECOND = 15
+}; /* tokens of the pack; the second document begins at SECOND */
 
 static struct team *team;
 static char folder[64];
@@ -50,7 +55,8 @@ struct rig {
     struct pupil_gradients grads;
 };
 
-static void rig_new(struct rig *r, const char *type, struct attention_config a, bool low_rank, bool full) {
+static void rig_new(struct rig *r, const char *type, struct attention_config a, bool low_rank,
+                    bool full) {
     char msg[300] = "";
     *r = (struct rig){.attention = a};
     check_write(folder, type);
@@ -59,7 +65,8 @@ static void rig_new(struct rig *r, const char *type, struct attention_config a, 
     r->attention.n_heads = c->n_heads;
     r->attention.n_kv_heads = c->n_kv_heads;
     r->attention.head_dim = c->head_dim;
-    if (c->architecture == BASE_LLAMA) assert_int_equal(rope_new(&r->rope, &c->rope, msg, sizeof msg), OK);
+    if (c->architecture == BASE_LLAMA)
+        assert_int_equal(rope_new(&r->rope, &c->rope, msg, sizeof msg), OK);
     if (c->architecture == BASE_GPT2) r->attention.max_distance = 0;
     if (attention_config_check(&r->attention, msg, sizeof msg)) fail_msg("%s", msg);
     if (network_read(&r->teacher, r->base, team, msg, sizeof msg)) fail_msg("%s", msg);
@@ -98,10 +105,15 @@ static void rig_new(struct rig *r, const char *type, struct attention_config a, 
                                         .low_rank = low_rank ? r->low : NULL,
                                         .rank = RANK,
                                         .scale = 0.5f};
-    r->grads = (struct pupil_gradients){
-        .network = full ? r->dnetwork : NULL, .maps = r->dmaps, .low_rank = low_rank ? r->dlow : NULL};
-    struct pupil_options o = {.base = r->teacher, .attention = &r->attention, .rope = r->rope, .team = team,
-                              .max_tokens = T + 2, .max_rank = RANK};
+    r->grads = (struct pupil_gradients){.network = full ? r->dnetwork : NULL,
+                                        .maps = r->dmaps,
+                                        .low_rank = low_rank ? r->dlow : NULL};
+    struct pupil_options o = {.base = r->teacher,
+                              .attention = &r->attention,
+                              .rope = r->rope,
+                              .team = team,
+                              .max_tokens = T + 2,
+                              .max_rank = RANK};
     assert_int_equal(pupil_new(&r->pupil, &o), OK);
 }
 
@@ -121,10 +133,10 @@ static double *doubles(const float *x, size_t n) {
     return out;
 }
 
-/* The derivative of the loss along the gradient itself must be the gradient's length, and single ones must be
- * the single ones: for n values of which gradient g was computed. */
-static void check_part(const char *what, struct fine_reference *ref, const double *base, double *values, const float *g,
-                       size_t n) {
+/* The derivative of the loss along the gradient itself must be the gradient's length, and single
+ * ones must be the single ones: for n values of which gradient g was computed. */
+static void check_part(const char *what, struct fine_reference *ref, const double *base,
+                       double *values, const float *g, size_t n) {
     double length = 0, largest = 0, step = 1e-4;
     double *was = ref_new(n);
     memcpy(was, values, n * sizeof *was);
@@ -144,16 +156,19 @@ static void check_part(const char *what, struct fine_reference *ref, const doubl
             want[side] = ref_loss(ref, base);
         }
         double numeric = (want[0] - want[1]) / (2 * step);
-        /* differences: third derivatives times 1e-8 / 6, and rounding 1e-15 / 1e-4; gradients: fp32 sums over 37 rows,
-         * two layers and vocabulary, 1e-5 of the largest at most */
+        /* differences: third derivatives times 1e-8 / 6, and rounding 1e-15 / 1e-4; gradients: fp32
+         * sums over 37 rows, two layers and vocabulary, 1e-5 of the largest at most */
         double off = fabs(got - numeric), most = (k < 0 ? 1e-4 * length : 1e-4 * largest) + 1e-8;
-        if (!(off <= most)) fail_msg("%s, %d: %.9g, by differences %.9g (largest %.3g)", what, k, got, numeric, largest);
+        if (!(off <= most))
+            fail_msg("%s, %d: %.9g, by differences %.9g (largest %.3g)", what, k, got, numeric,
+                     largest);
     }
     memcpy(values, was, n * sizeof *was);
     free(was);
 }
 
-static void check(const char *type, struct attention_config a, enum fine_loss loss, bool low_rank, bool full) {
+static void check(const char *type, struct attention_config a, enum fine_loss loss, bool low_rank,
+                  bool full) {
     struct rig r;
     rig_new(&r, type, a, low_rank, full);
     const struct base_config *c = base_config(r.base);
@@ -164,7 +179,8 @@ static void check(const char *type, struct attention_config a, enum fine_loss lo
     assert_int_equal(pupil_read(r.pupil, &r.weights, &r.pack, &rows), OK);
     for (int i = 0; i < c->n_layers; i++) {
         size_t n = (size_t)(c->n_kv_heads * r.attention.cache_size) *
-                   (size_t)(attention_back_blocks(&r.attention, SECOND) + attention_back_blocks(&r.attention, T - SECOND));
+                   (size_t)(attention_back_blocks(&r.attention, SECOND) +
+                            attention_back_blocks(&r.attention, T - SECOND));
         int64_t *copy = calloc(n + 1, sizeof *copy);
         assert_int_equal(pupil_cache(r.pupil, &r.weights, &r.pack, i, &seen), OK);
         memcpy(copy, seen, n * sizeof *copy);
@@ -172,7 +188,8 @@ static void check(const char *type, struct attention_config a, enum fine_loss lo
     }
     assert_int_equal(pupil_learn(r.pupil, &r.weights, &r.pack, loss, 1, &r.grads, &sums), OK);
 
-    struct fine_reference ref = {.shape = r.teacher, .pack = &r.pack, .rank = RANK, .scale = 0.5, .rope_factor = 1};
+    struct fine_reference ref = {
+        .shape = r.teacher, .pack = &r.pack, .rank = RANK, .scale = 0.5, .rope_factor = 1};
     if (r.rope) ref.rope_base = 500000;
     if (!strcmp(type, "qwen2")) ref.rope_factor = 4;
     double *teacher = doubles(r.teacher->values, r.teacher->n_values);
@@ -187,17 +204,22 @@ static void check(const char *type, struct attention_config a, enum fine_loss lo
     if (!(fabs(sums.loss / (double)sums.rows - want) <= 2e-5 * (1 + want)))
         fail_msg("loss %.9g, in double %.9g", sums.loss / (double)sums.rows, want);
 
-    size_t mix = student_mix(&r.attention), map_k = student_map_k(&r.attention), per = student_params(&r.attention);
+    size_t mix = student_mix(&r.attention), map_k = student_map_k(&r.attention),
+           per = student_params(&r.attention);
     for (int i = 0; i < c->n_layers; i++) {
         size_t at = (size_t)i * per;
         check_part("feature_map_q", &ref, base, ref.maps + at, r.dmaps + at, map_k);
-        check_part("feature_map_k", &ref, base, ref.maps + at + map_k, r.dmaps + at + map_k, mix - map_k);
-        if (a.window != WINDOW_NONE) check_part("mix", &ref, base, ref.maps + at + mix, r.dmaps + at + mix, per - mix);
+        check_part("feature_map_k", &ref, base, ref.maps + at + map_k, r.dmaps + at + map_k,
+                   mix - map_k);
+        if (a.window != WINDOW_NONE)
+            check_part("mix", &ref, base, ref.maps + at + mix, r.dmaps + at + mix, per - mix);
         for (int t = 0; low_rank && t < N_LOW_RANK_TARGETS; t++) {
             struct low_rank_part p = low_rank_part(c, RANK, (enum low_rank_target)t);
             size_t l = (size_t)i * low_rank_floats(c, RANK);
-            check_part("lora_A", &ref, base, ref.low + l + p.a, r.dlow + l + p.a, (size_t)(RANK * p.n_in));
-            check_part("lora_B", &ref, base, ref.low + l + p.b, r.dlow + l + p.b, (size_t)(RANK * p.n_out));
+            check_part("lora_A", &ref, base, ref.low + l + p.a, r.dlow + l + p.a,
+                       (size_t)(RANK * p.n_in));
+            check_part("lora_B", &ref, base, ref.low + l + p.b, r.dlow + l + p.b,
+                       (size_t)(RANK * p.n_out));
         }
     }
     for (int part = 0; full && part < N_PARTS; part++)
@@ -205,9 +227,11 @@ static void check(const char *type, struct attention_config a, enum fine_loss lo
             const struct base_tensor *t = base_tensor(r.base, (enum base_part)part, i);
             if (!t) continue;
             char what[40];
-            size_t offset = (size_t)(network_part(r.dnetwork, (enum base_part)part, i) - r.dnetwork->values);
+            size_t offset =
+                (size_t)(network_part(r.dnetwork, (enum base_part)part, i) - r.dnetwork->values);
             snprintf(what, sizeof what, "part %d of layer %d", part, i);
-            check_part(what, &ref, base, ref.values + offset, r.dnetwork->values + offset, (size_t)t->n_out * (size_t)t->n_in);
+            check_part(what, &ref, base, ref.values + offset, r.dnetwork->values + offset,
+                       (size_t)t->n_out * (size_t)t->n_in);
         }
     for (int i = 0; i < c->n_layers; i++)
         free((void *)sets[i]);
@@ -215,7 +239,8 @@ static void check(const char *type, struct attention_config a, enum fine_loss lo
     rig_free(&r);
 }
 
-static struct attention_config terraced(void) { /* cache, sinks, horizon and clamping all at work within 22 tokens */
+static struct attention_config
+terraced(void) { /* cache, sinks, horizon and clamping all at work within 22 tokens */
     return (struct attention_config){.kind = ATTENTION_HEDGEHOG,
                                      .map = MAP_EXP,
                                      .features = 5,
@@ -283,7 +308,8 @@ static void test_gradients_of_other_windows_are_those_of_the_definition(void **s
     check("llama", a, FINE_NEXT_TOKEN, true, false);
 }
 
-/* Logits of tokens [n] by the engine, with fp32 weights, keys and values, beside those of the pass over the same files. */
+/* Logits of tokens [n] by the engine, with fp32 weights, keys and values, beside those of the pass
+ * over the same files. */
 static void compare(const char *path, int64_t horizon, int n, bool converted) {
     char msg[300] = "";
     struct model_options o;
@@ -308,7 +334,9 @@ static void compare(const char *path, int64_t horizon, int n, bool converted) {
     struct pupil_weights w = {.network = network};
     float *maps = NULL, *low = NULL;
     if (converted) {
-        if (converted_open(&c, path, msg, sizeof msg) || converted_lay_over(c, config, msg, sizeof msg)) fail_msg("%s", msg);
+        if (converted_open(&c, path, msg, sizeof msg) ||
+            converted_lay_over(c, config, msg, sizeof msg))
+            fail_msg("%s", msg);
         size_t per = student_params(&a), low_per = low_rank_floats(config, c->rank);
         w.maps = maps = calloc(per * (size_t)config->n_layers, sizeof *maps);
         w.low_rank = low = calloc(low_per * (size_t)config->n_layers, sizeof *low);
@@ -317,21 +345,31 @@ static void compare(const char *path, int64_t horizon, int n, bool converted) {
         for (int i = 0; i < config->n_layers; i++) {
             float *to = maps + (size_t)i * per;
             memcpy(to, c->layers[i].map_q, student_map_k(&a) * sizeof *to);
-            memcpy(to + student_map_k(&a), c->layers[i].map_k, (student_mix(&a) - student_map_k(&a)) * sizeof *to);
+            memcpy(to + student_map_k(&a), c->layers[i].map_k,
+                   (student_mix(&a) - student_map_k(&a)) * sizeof *to);
             memcpy(to + student_mix(&a), c->layers[i].mix, (per - student_mix(&a)) * sizeof *to);
             for (int t = 0; t < N_LOW_RANK_TARGETS; t++) {
                 struct low_rank_part p = low_rank_part(config, c->rank, (enum low_rank_target)t);
                 float *at = low + (size_t)i * low_per;
                 if (!c->targets[t]) continue;
-                memcpy(at + p.a, c->layers[i].low_rank[t].a, (size_t)(c->rank * p.n_in) * sizeof *at);
-                memcpy(at + p.b, c->layers[i].low_rank[t].b, (size_t)(c->rank * p.n_out) * sizeof *at);
+                memcpy(at + p.a, c->layers[i].low_rank[t].a,
+                       (size_t)(c->rank * p.n_in) * sizeof *at);
+                memcpy(at + p.b, c->layers[i].low_rank[t].b,
+                       (size_t)(c->rank * p.n_out) * sizeof *at);
             }
         }
     } else {
-        a = (struct attention_config){.kind = ATTENTION_HEDGEHOG, .n_heads = config->n_heads, .n_kv_heads = config->n_kv_heads,
-                                      .head_dim = config->head_dim, .features = 8};
+        a = (struct attention_config){.kind = ATTENTION_HEDGEHOG,
+                                      .n_heads = config->n_heads,
+                                      .n_kv_heads = config->n_kv_heads,
+                                      .head_dim = config->head_dim,
+                                      .features = 8};
     }
-    struct pupil_options options = {.base = network, .attention = &a, .rope = model_rope(m), .team = team, .max_tokens = n,
+    struct pupil_options options = {.base = network,
+                                    .attention = &a,
+                                    .rope = model_rope(m),
+                                    .team = team,
+                                    .max_tokens = n,
                                     .max_rank = c ? c->rank : 0};
     struct pupil *p;
     assert_int_equal(pupil_new(&p, &options), OK);
@@ -347,9 +385,11 @@ static void compare(const char *path, int64_t horizon, int n, bool converted) {
     double off = 0, size = 0;
     for (int i = 0; i < n; i++)
         for (int v = 0; v < config->vocab_size; v++) {
-            double mine = 0, theirs = (double)logits[(size_t)i * (size_t)config->vocab_size + (size_t)v];
+            double mine = 0,
+                   theirs = (double)logits[(size_t)i * (size_t)config->vocab_size + (size_t)v];
             for (int e = 0; e < config->hidden_dim; e++)
-                mine += (double)rows[i * config->hidden_dim + e] * network->head[v * config->hidden_dim + e];
+                mine += (double)rows[i * config->hidden_dim + e] *
+                        network->head[v * config->hidden_dim + e];
             off = fmax(off, fabs(mine - theirs));
             size = fmax(size, fabs(theirs));
         }
