@@ -22,7 +22,7 @@ LAYERS   = config compute attention model scheduler convert server
 KERNELS  = compute/kernels.c compute/gemm_kernel.c attention/kernels.c convert/kernels.c convert/backward_kernels.c
 GPU_C    = $(filter-out model/gpu_none.c,$(wildcard attention/gpu_*.c model/gpu_*.c))
 GPU_NONE = model/gpu_none.c
-SOURCES  = $(filter-out $(KERNELS) $(GPU_C) $(GPU_NONE),$(foreach d,$(LAYERS),$(wildcard $d/*.c)))
+SOURCES  = $(filter-out $(KERNELS) compute/gemm_bf16.c $(GPU_C) $(GPU_NONE),$(foreach d,$(LAYERS),$(wildcard $d/*.c)))
 MAIN     = server/main.c
 ISAS     = generic $(if $(filter x86_64,$(ARCH)),avx2 avx512) $(if $(filter aarch64,$(ARCH)),dotprod)
 # One kernel source, built once per instruction family; lanes and the order of sums are the same in all.
@@ -32,13 +32,14 @@ ISA_avx512  = -DISA=avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vn
 # AVX-512 and AMX tiles.  For the tests of any machine: the same kernels in portable C, over tile instructions in C.
 ISA_amx     = -DAMX $(subst ISA=avx512,ISA=amx,$(ISA_avx512)) -mamx-tile -mamx-int8 -mamx-bf16
 ISA_amx_model = -DAMX -DAMX_MODEL -DISA=amx_model
+ISA_bf16    = $(subst ISA=avx512,ISA=bf16,$(ISA_avx512)) -mavx512bf16 # gemm_bf16.c alone
 ISA_dotprod = -DISA=dotprod -march=armv8.2-a+dotprod
 # No contraction: which products and sums are fused is written out (v16_fma), or bits depend on the compiler.
 KERNEL_OPT  = -O3 -ffp-contract=off -Wno-psabi
 
 OBJECTS  = $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(MAIN),$(SOURCES))) \
            $(foreach i,$(ISAS),$(patsubst %.c,$(BUILD)/%.$i.o,$(wildcard $(KERNELS)))) \
-           $(if $(filter x86_64,$(ARCH)),$(BUILD)/compute/kernels.amx.o)
+           $(if $(filter x86_64,$(ARCH)),$(BUILD)/compute/kernels.amx.o $(BUILD)/compute/gemm_bf16.bf16.o)
 LIB      = $(BUILD)/liburchin.a
 UNIT     = $(wildcard tests/unit/test_*.c)
 TESTS    = $(patsubst tests/unit/%.c,$(BUILD)/tests/%,$(UNIT))
@@ -111,7 +112,7 @@ $(BUILD)/%.$1.o: %.c
 	@mkdir -p $$(@D)
 	$(CC) $(CFLAGS) $(KERNEL_OPT) $(ISA_$1) -MMD -MP -c $$< -o $$@
 endef
-$(foreach i,$(ISAS) amx amx_model,$(eval $(call kernel_rule,$i)))
+$(foreach i,$(ISAS) amx amx_model bf16,$(eval $(call kernel_rule,$i)))
 
 $(BUILD)/server/page.o: server/page.html
 

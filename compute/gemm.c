@@ -13,17 +13,29 @@ enum { TILES = (GEMM_ROWS + GEMM_COLUMNS) * GEMM_DEPTH }; /* floats of one threa
 
 struct gemm_scratch {
     struct team *team; /* borrowed */
-    float *tiles;      /* [threads][TILES] */
+    bool bf16;
+    float *tiles; /* [threads][TILES] */
 };
 
 size_t gemm_scratch_bytes(int n_threads) {
     return (size_t)n_threads * TILES * sizeof(float);
 }
 
-enum err gemm_scratch_new(struct gemm_scratch **out, struct team *team) {
+bool gemm_has_bf16(void) {
+#if defined(__x86_64__)
+    return (cpu_isa() == CPU_AVX512 || cpu_isa() == CPU_AMX) &&
+           __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+enum err gemm_scratch_new(struct gemm_scratch **out, struct team *team, bool bf16) {
+    if (bf16 && !gemm_has_bf16()) return ERR_ARG;
     struct gemm_scratch *s = calloc(1, sizeof *s);
     if (!s) return ERR_NOMEM;
     s->team = team;
+    s->bf16 = bf16;
     s->tiles = memory_map(gemm_scratch_bytes(team_size(team)));
     if (!s->tiles) {
         free(s);
@@ -39,7 +51,11 @@ void gemm_scratch_free(struct gemm_scratch *s) {
     free(s);
 }
 
-static gemm_block_fn *block_fn(void) {
+static gemm_block_fn *block_fn(bool bf16) {
+#if defined(__x86_64__)
+    if (bf16) return gemm_block_bf16;
+#endif
+    (void)bf16;
     switch (cpu_isa()) {
 #if defined(__x86_64__)
     case CPU_AMX: /* which has AVX-512 too */
@@ -96,7 +112,7 @@ void gemm(struct gemm_scratch *s, float *c, size_t c_row, bool add, struct gemm_
     }
     struct job job = {
         .scratch = s,
-        .fn = block_fn(),
+        .fn = block_fn(s->bf16),
         .whole = {.c = c, .c_row = c_row, .add = add, .a = a, .b = b, .m = m, .n = n, .k = k}};
     /* as wide as the tiles allow, and as many as share out evenly */
     int threads = team_size(s->team),

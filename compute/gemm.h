@@ -31,8 +31,12 @@ static inline struct gemm_matrix gemm_transposed(const float *at, size_t row) {
     return (struct gemm_matrix){at, 1, row};
 }
 
+/* bf16: operands are rounded to it (nearest even) as they are copied, products and sums stay fp32; K goes in pairs.  Twice as fast,
+ * where the CPU has such products. */
+bool gemm_has_bf16(void);
+
 struct gemm_scratch; /* tiles of one team's threads: one gemm at a time */
-enum err gemm_scratch_new(struct gemm_scratch **out, struct team *team);
+enum err gemm_scratch_new(struct gemm_scratch **out, struct team *team, bool bf16); /* ERR_ARG: it has not */
 void gemm_scratch_free(struct gemm_scratch *s); /* NULL is fine */
 size_t gemm_scratch_bytes(int n_threads);
 

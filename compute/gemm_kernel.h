@@ -25,6 +25,7 @@ typedef void gemm_block_fn(const struct gemm_block *block);
 gemm_block_fn gemm_block_generic;
 #if defined(__x86_64__)
 gemm_block_fn gemm_block_avx2, gemm_block_avx512;
+gemm_block_fn gemm_block_bf16; /* gemm_bf16.c */
 #elif defined(__aarch64__)
 gemm_block_fn gemm_block_dotprod;
 #endif

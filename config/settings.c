@@ -142,6 +142,7 @@ static const struct row rows[] = {
     {"finetune-accumulate", INT, AT(finetune_accumulate), CONVERT, "0", 0, 1 << 20, 0, "N", "sequences read for one of its steps; 0: the recipe's"},
     {"finetune-lr", DOUBLE, AT(finetune_lr), CONVERT, "-1", -1, 10, 0, "RATE", "learning rate of low-rank parts or weights; -1: the recipe's"},
     {"finetune-lr-maps", DOUBLE, AT(finetune_lr_maps), CONVERT, "-1", -1, 10, 0, "RATE", "learning rate of maps and mixing meanwhile; 0: they stay; -1: the recipe's"},
+    {"finetune-products", CHOICE, AT(finetune_products), CONVERT, "auto", 0, 0, 0, "auto|fp32|bf16", "what weights and activations are rounded to before they are multiplied; sums are fp32; auto: bf16 where the CPU has it, twice as fast"},
     {"rank", INT, AT(rank), CONVERT, "0", 0, 1 << 14, 0, "N", "rank of low-rank parts; 0: the recipe's"},
     {"map", CHOICE, AT(map), CONVERT, NULL, 0, 0, 0, "exp|softmax2|joint_softmax", "feature map: the paper's, LoLCATs' or fla's"},
     {"features", INT, AT(features), CONVERT, "0", 0, 1 << 14, 0, "N", "projections of a map, half as many as features; 0: the recipe's"},

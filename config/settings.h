@@ -67,6 +67,7 @@ struct settings {
     double lr, lr_mix, warmup, init_scale, mse_factor, recall;
     bool join_documents, merge; /* merge: MODEL and its base become one folder (convert/merge.h) */
     const char *finetune, *finetune_loss; /* NULL: the recipe's */
+    const char *finetune_products;
     int finetune_steps, finetune_accumulate, rank; /* steps -1, others 0: the recipe's */
     double finetune_lr, finetune_lr_maps; /* -1: the recipe's */
     /* bench (see server/bench.h); lists: settings_list */

@@ -85,7 +85,8 @@ enum err finetune_new(struct finetune **out, const struct recipe *r, const struc
                               .rope = rope,
                               .team = team,
                               .max_tokens = max_tokens,
-                              .max_rank = rank_of(r)};
+                              .max_rank = rank_of(r),
+                              .bf16 = r->finetune.bf16};
     if (!all || pupil_new(&f->pupil, &o)) {
         finetune_free(f);
         return err_set(msg, msg_len, ERR_NOMEM,

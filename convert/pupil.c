@@ -22,7 +22,7 @@ struct pupil {
     const struct rope *rope;
     struct team *team;
     const struct backward_kernels *rows;
-    struct gemm_scratch *gemm;
+    struct gemm_scratch *gemm, *exact;    /* exact: low-rank parts, fp32 always */
     struct attention_back_scratch **back; /* [threads] */
     int max_tokens, max_rank;
     size_t E, q, kv, qkv, ffn, gate_up, vocab, map_floats, layer_params;
@@ -140,7 +140,7 @@ static size_t softmax_slot_bytes(const struct base_config *c,
 size_t pupil_bytes(const struct base_config *c, const struct attention_config *a, int n_threads,
                    int max_tokens, int max_rank) {
     struct pupil p;
-    return lay_out(&p, c, a, max_tokens, max_rank, NULL) + gemm_scratch_bytes(n_threads) +
+    return lay_out(&p, c, a, max_tokens, max_rank, NULL) + 2 * gemm_scratch_bytes(n_threads) +
            (size_t)n_threads * attention_back_scratch_bytes(a, max_tokens) +
            softmax_slot_bytes(c, max_tokens);
 }
@@ -195,7 +195,8 @@ enum err pupil_new(struct pupil **out, const struct pupil_options *o) {
     p->block = memory_map(p->bytes);
     if (p->block) lay_out(p, c, &p->attention, o->max_tokens, o->max_rank, p->block);
     p->back = calloc((size_t)team_size(o->team), sizeof(struct attention_back_scratch *));
-    bool all = p->block && p->back && gemm_scratch_new(&p->gemm, o->team) == OK;
+    bool all = p->block && p->back && gemm_scratch_new(&p->gemm, o->team, o->bf16) == OK &&
+               gemm_scratch_new(&p->exact, o->team, false) == OK;
     for (int i = 0; all && i < team_size(o->team); i++)
         all = attention_back_scratch_new(&p->back[i], &p->attention, o->max_tokens) == OK;
     if (all) all = take_slot(p);
@@ -217,6 +218,7 @@ void pupil_free(struct pupil *p) {
         attention_back_scratch_free(p->back[i]);
     free(p->back);
     gemm_scratch_free(p->gemm);
+    gemm_scratch_free(p->exact);
     memory_unmap(p->slot, p->slot_bytes);
     memory_unmap(p->block, p->bytes);
     free(p);
@@ -340,7 +342,7 @@ static void merge(struct pupil *p, const struct pupil_weights *w, int layer,
     size_t rank = (size_t)w->rank, n_in = (size_t)part.n_in;
     float *to = target == LOW_RANK_O ? p->merged_o : p->merged_qkv + (size_t)part.row * n_in;
     p->rows->scale(p->scaled_b, low + part.b, w->scale, part.n_out * w->rank);
-    gemm(p->gemm, to, n_in, true, gemm_plain(p->scaled_b, rank), gemm_plain(low + part.a, n_in),
+    gemm(p->exact, to, n_in, true, gemm_plain(p->scaled_b, rank), gemm_plain(low + part.a, n_in),
          part.n_out, part.n_in, w->rank);
 }
 
@@ -369,15 +371,15 @@ static void low_rank_back(struct pupil *p, const struct layer *l, enum low_rank_
     struct low_rank_part part = low_rank_part(&p->config, w->rank, target);
     const float *low = w->low_rank + (size_t)l->i * low_rank_floats(&p->config, w->rank);
     size_t rank = (size_t)w->rank, n_in = (size_t)part.n_in;
-    gemm(p->gemm, p->low, rank, false, gemm_plain(x, n_in), gemm_transposed(low + part.a, n_in), n,
+    gemm(p->exact, p->low, rank, false, gemm_plain(x, n_in), gemm_transposed(low + part.a, n_in), n,
          w->rank, part.n_in);
     p->rows->scale(p->low, p->low, w->scale, n * w->rank);
-    gemm(p->gemm, l->dlow + part.b, rank, true, gemm_transposed(dy, dy_row),
+    gemm(p->exact, l->dlow + part.b, rank, true, gemm_transposed(dy, dy_row),
          gemm_plain(p->low, rank), part.n_out, w->rank, n);
-    gemm(p->gemm, p->low, rank, false, gemm_plain(dy, dy_row), gemm_plain(low + part.b, rank), n,
+    gemm(p->exact, p->low, rank, false, gemm_plain(dy, dy_row), gemm_plain(low + part.b, rank), n,
          w->rank, part.n_out);
     p->rows->scale(p->low, p->low, w->scale, n * w->rank);
-    gemm(p->gemm, l->dlow + part.a, n_in, true, gemm_transposed(p->low, rank), gemm_plain(x, n_in),
+    gemm(p->exact, l->dlow + part.a, n_in, true, gemm_transposed(p->low, rank), gemm_plain(x, n_in),
          w->rank, part.n_in, n);
 }
 

@@ -48,6 +48,7 @@ struct pupil_options {
     const struct rope *rope;                  /* NULL: none */
     struct team *team;
     int max_tokens, max_rank; /* of a pack; 0: no low-rank parts */
+    bool bf16;                /* products as gemm.h has them */
 };
 enum err pupil_new(struct pupil **out, const struct pupil_options *options);
 void pupil_free(struct pupil *p); /* NULL is fine */

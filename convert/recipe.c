@@ -1,6 +1,8 @@
 /* recipe.c - from settings to a recipe, and a recipe as JSON. */
 #include "convert/recipe.h"
 
+#include "compute/gemm.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -155,6 +157,7 @@ static void set_finetune(struct recipe *r, const struct settings *s) {
     f->next_token = choice(s->finetune_loss, losses, f->next_token);
     if (f->method != was) /* the rate that goes with the method, not with the recipe */
         f->lr = f->method == FINETUNE_FULL ? 1e-4 : 4e-4;
+    f->bf16 = strcmp(s->finetune_products, "fp32") && gemm_has_bf16();
     if (s->finetune_steps >= 0) f->steps = s->finetune_steps;
     if (s->finetune_accumulate) f->accumulate = s->finetune_accumulate;
     if (s->rank) f->rank = s->rank;
@@ -196,6 +199,10 @@ enum err recipe_from_settings(struct recipe *out, const struct settings *s,
     if (s->max_distance >= 0 && !r.attention.max_distance)
         return err_set(msg, msg_len, ERR_ARG,
                        "--max-distance goes with --map-position none and a base with RoPE only");
+    if (!strcmp(s->finetune_products, "bf16") && !gemm_has_bf16())
+        return err_set(
+            msg, msg_len, ERR_ARG,
+            "--finetune-products bf16: this CPU has no products of bf16 pairs (AVX512_BF16)");
     char reason[300] = "";
     if (attention_config_check(&r.attention, reason, sizeof reason))
         return err_set(msg, msg_len, ERR_ARG, "these settings do not go together: %s", reason);
@@ -317,6 +324,7 @@ cJSON *recipe_finetune_json(const struct recipe *r) {
         add_number(o, "rank", f->rank);
         add_number(o, "scale", f->scale);
     }
+    add_text(o, "products", f->bf16 ? "bf16" : "fp32");
     add_number(o, "steps", f->steps);
     add_number(o, "accumulate", f->accumulate);
     add_text(o, "optimiser", "AdamW, betas 0.9 and 0.99, no decay, gradient norm at most 1");

@@ -23,6 +23,7 @@ struct finetune_recipe { /* stage 2; its sequences are as long as stage 1's */
     enum finetune_method method;
     bool next_token; /* the loss; else distillation */
     int steps, accumulate, rank;
+    bool bf16;           /* products of bf16 pairs (gemm.h), where the CPU has them */
     double scale;        /* W + scale B A */
     double lr, lr_maps;  /* of low-rank parts or weights; of maps and mixing */
 };

@@ -30,8 +30,9 @@ static void test_both_stages_bring_a_model_within_two_percent_of_its_base(void *
     double most = 1.02;
 #endif
     struct score scores[2];
-    CONVERTED(BASE_CONVERT, "--out", in("out"), "--steps", steps, "--finetune-steps", fine_steps,
-              "--finetune-accumulate", "1", "--finetune-lr", "0.003", "--finetune-lr-maps", "0.01");
+    CONVERTED(BASE_CONVERT, "--out", in("out"), "--finetune-products", "fp32", "--steps", steps,
+              "--finetune-steps", fine_steps, "--finetune-accumulate", "1", "--finetune-lr",
+              "0.003", "--finetune-lr-maps", "0.01");
     read_both(in("out"), TEXT, 23000, scores);
     double ratio = score_perplexity(&scores[1]) / score_perplexity(&scores[0]);
     if (!(ratio < most)) fail_msg("perplexity %.4f times the base's", ratio);
