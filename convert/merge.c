@@ -339,7 +339,8 @@ static enum err write_small(struct merge *m) {
                                           "LICENSE.md",
                                           "NOTICE",
                                           NULL};
-    static const char *const of_model[] = {"conversion.json", "report.json", "report.html", NULL};
+    static const char *const of_model[] = {"conversion.json", "conversion.html", "quality.json",
+                                           "quality.html", NULL};
     const struct gguf *g = base_gguf(m->base);
     enum err e = merge_config_write(m->base, m->aside, m->msg, m->msg_len);
     if (!e && g) {
