@@ -60,12 +60,14 @@ struct settings {
     const char *lengths, *memories; int tries, facts;  /* lists: settings_list */
     /* convert (see convert/recipe.h); NULL, -1 and 0: the recipe's.  text, seed, memory_mb and what overrides a model's attention too */
     const char *out, *recipe, *name;
+    bool merge;                 /* MODEL and its base become one folder (convert/merge.h) */
+    double recall;              /* share of sequences that are synthetic */
     const char *softmax_layers; /* settings_list; NULL: none */
     const char *map, *key_map, *map_position, *window, *mixing, *loss, *schedule;
     int window_size, sinks, features;
     int steps, accumulate, length, long_length, long_every, rows, long_rows;
-    double lr, lr_mix, warmup, init_scale, mse_factor, recall;
-    bool join_documents, merge; /* merge: MODEL and its base become one folder (convert/merge.h) */
+    double lr, lr_mix, warmup, init_scale, mse_factor;
+    bool join_documents;
     const char *finetune, *finetune_loss; /* NULL: the recipe's */
     const char *finetune_products;
     int finetune_steps, finetune_accumulate, rank; /* steps -1, others 0: the recipe's */

@@ -118,8 +118,9 @@ static int ascending(const void *a, const void *b) {
 
 static enum err set_softmax_layers(struct recipe *r, const char *list,
                                    const struct base_config *base, char *msg, size_t msg_len) {
-    int64_t layers[MAX_SOFTMAX_LAYERS];
-    int n = list ? settings_list(list, layers, MAX_SOFTMAX_LAYERS) : 0;
+    enum { MOST = sizeof r->softmax_layers / sizeof *r->softmax_layers };
+    int64_t layers[MOST]; /* a list has no more */
+    int n = list ? settings_list(list, layers, MOST) : 0;
     for (int i = 0; i < n; i++) {
         if (layers[i] >= base->n_layers)
             return err_set(msg, msg_len, ERR_ARG,
@@ -196,6 +197,9 @@ enum err recipe_from_settings(struct recipe *out, const struct settings *s,
     struct recipe r = {.rope = base->architecture == BASE_LLAMA};
     start_from(&r, s->recipe, base);
     set_attention(&r, s, base);
+    enum err wrong = set_softmax_layers(&r, s->softmax_layers, base, msg, msg_len);
+    if (wrong) return wrong;
+    r.recall = s->recall;
     if (s->max_distance >= 0 && !r.attention.max_distance)
         return err_set(msg, msg_len, ERR_ARG,
                        "--max-distance goes with --map-position none and a base with RoPE only");
@@ -223,10 +227,8 @@ enum err recipe_from_settings(struct recipe *out, const struct settings *s,
     r.accumulate = s->accumulate;
     r.seed = s->seed < 0 ? 0 : s->seed;
     r.join_documents = s->join_documents;
-    r.recall = s->recall;
     set_finetune(&r, s);
-    enum err e = set_softmax_layers(&r, s->softmax_layers, base, msg, msg_len);
-    if (!e) e = set_lengths(&r, s, base, msg, msg_len);
+    enum err e = set_lengths(&r, s, base, msg, msg_len);
     if (!e && r.n_softmax_layers && r.finetune.method != FINETUNE_NONE)
         e = err_set(msg, msg_len, ERR_ARG,
                     "fine-tuning with --softmax-layers is not in the program yet: give --finetune none");

@@ -15,8 +15,6 @@
 #include "model/base.h"
 #include <cjson/cJSON.h>
 
-enum { MAX_SOFTMAX_LAYERS = 64 };
-
 enum finetune_method { FINETUNE_NONE, FINETUNE_LOW_RANK, FINETUNE_FULL };
 
 struct finetune_recipe { /* stage 2; its sequences are as long as stage 1's */
@@ -31,10 +29,11 @@ struct finetune_recipe { /* stage 2; its sequences are as long as stage 1's */
 struct recipe {
     const char *name;
     struct attention_config
-        attention; /* as the converted model will have it; heads from the base */
-    bool rope;     /* the base has RoPE */
-    int softmax_layers[MAX_SOFTMAX_LAYERS]; /* that are not converted, ascending */
+        attention;          /* as the converted model will have it; heads from the base */
+    bool rope;              /* the base has RoPE */
+    int softmax_layers[64]; /* that are not converted, ascending */
     int n_softmax_layers;
+    double recall; /* share of packs that are recall texts */
     float ce, mse; /* factors of the loss, see student.h */
     int steps, accumulate;
     int length, long_length, long_every, rows, long_rows;
@@ -45,7 +44,6 @@ struct recipe {
     bool calibrate; /* c_h before the first step: conversion.md 2 */
     int64_t seed;
     bool join_documents;
-    double recall; /* share of packs that are recall texts */
     struct finetune_recipe finetune;
 };
 
