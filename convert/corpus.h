@@ -45,9 +45,10 @@ enum { PACK_CALIBRATE, PACK_TRAIN, PACK_PROBE, PACK_FINETUNE }; /* streams of pa
 struct pack {
     int32_t *tokens; /* [n], owned: pack_free */
     int *first;      /* [n_documents + 1] */
-    float *weight;   /* [n], owned; NULL: no recall text.  1 where token t is (part of) what a
-                      * question asks   to remember, else 0: a loss that is to dwell on answers takes 1
-                      * + x * weight[t] for the   row before t, which predicts it */
+    /* [n], owned; NULL: no recall text.  1 where token t is (part of) what a question asks to
+     * remember, else 0.  A loss that is to dwell on answers takes 1 + x weight[t] for the row
+     * before t, which predicts it. */
+    float *weight;
     int n, n_documents;
 };
 /* ERR_ARG: no document is long enough. */
