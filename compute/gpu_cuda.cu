@@ -124,7 +124,7 @@ enum err gpu_open(struct gpu **out, char *msg, size_t msg_len) {
                        of.major, of.minor);
     struct gpu *g = new (std::nothrow) gpu();
     if (!g) return ERR_NOMEM;
-    snprintf(g->info.name, sizeof g->info.name, "%s", of.name);
+    snprintf(g->info.name, sizeof g->info.name, "%.127s", of.name);
     g->info.capability = of.major * 10 + of.minor;
     g->info.n_processors = of.multiProcessorCount;
     g->info.total_bytes = of.totalGlobalMem;
