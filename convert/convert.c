@@ -327,7 +327,8 @@ enum err conversion_after_step(struct conversion *c, int64_t step, int steps, in
                                bool *stop) {
     bool terminal = isatty(STDERR_FILENO);
     c->steps_done++;
-    c->interrupted = step < steps && (stopping || (stop_after && c->steps_done >= stop_after));
+    bool more = step < steps || (!c->run.fine && c->run.recipe.finetune.method != FINETUNE_NONE);
+    c->interrupted = more && (stopping || (stop_after && c->steps_done >= stop_after));
     *stop = c->interrupted;
     bool last = step == steps || c->interrupted;
     double t = conversion_now(), each = (t - begun) / (double)(step - first_step);
