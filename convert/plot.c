@@ -210,7 +210,7 @@ void plot_lines(struct html *h, const char *title, const char *note, const char 
         cover(&y, series[i].y, series[i].n);
     }
     if (!isfinite(x.low) || !isfinite(y.low)) return;
-    y.log = y.low > 0 && y.high > 20 * y.low && y.high < 1e4 * y.low;
+    y.log = !series[0].linear && y.low > 0 && y.high > 20 * y.low;
     widen(&y, 5);
     int rows = 1;
     double used = 56;

@@ -18,9 +18,9 @@ struct series {
     int n;
     bool faint;  /* measured points behind a smooth line of the same colour: no entry in the legend */
     int colour;  /* 0 .. 5 */
+    bool linear; /* no log scale, whatever it spans */
 };
-/* Lines over a common x; y on a log scale when it is positive and spans more than a factor of 20, but not
- * ten thousand (a rate that falls to nothing). */
+/* Lines over a common x; y on a log scale when it is positive and spans more than a factor of 20. */
 void plot_lines(struct html *h, const char *title, const char *note, const char *x_label,
                 const char *y_label, const struct series *series, int n);
 

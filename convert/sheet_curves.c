@@ -23,14 +23,16 @@ static void curve(struct html *h, const cJSON *curves, const char *key, const ch
     int n;
     double *y = sheet_array(curves, key, &n);
     double *x = n ? malloc((size_t)n * sizeof *x) : NULL,
-           *mean = n && raw ? smooth(y, n, n / 40) : NULL;
+           *mean = n && raw ? smooth(y, n, n / 40 + 1) : NULL;
     bool any = false;
     for (int i = 0; x && i < n; i++) {
         x[i] = i + 1;
         any |= isfinite(y[i]);
     }
     if (any && n > 1 && (mean || !raw)) {
-        struct series series[] = {{"a step", x, y, n, raw, 0}, {"mean", x, mean, n, false, 0}};
+        struct series series[] = {
+            {"a step", x, y, n, raw, 0, !raw},
+            {"mean", x, mean, n, false, 0, !raw}}; /* rates fall to nothing: no log */
         plot_lines(h, title, note, "step", unit, series, raw ? 2 : 1);
     }
     free(x);

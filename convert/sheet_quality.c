@@ -132,7 +132,7 @@ static void stream(struct html *h, const cJSON *readers, int text) {
         xs[n] = x;
         ys[n] = y;
         const char *reader = sheet_string(r, "name");
-        series[n++] = (struct series){reader ? reader : "", x, y, at, false, shade};
+        series[n++] = (struct series){reader ? reader : "", x, y, at, false, shade, false};
     }
     if (n)
         plot_lines(h, "Perplexity by position, one sequence", name, "token", "perplexity", series,

@@ -121,7 +121,7 @@ static void test_lines_reach_from_corner_to_corner(void **state) {
     (void)state;
     struct html h = {0};
     double x[] = {0, 50, 75, 100}, y[] = {0, 5, NAN, 10};
-    struct series s = {"<s>", x, y, 4, false, 1};
+    struct series s = {"<s>", x, y, 4, false, 1, false};
     plot_lines(&h, "T<", "N", "X", "Y", &s, 1);
     const char *line = strstr(h.text, "class=\"line s1\"");
     double x0, y0, x1, y1, x2, y2;
@@ -142,7 +142,7 @@ static void test_lines_reach_from_corner_to_corner(void **state) {
 
     h = (struct html){0}; /* two decades: a log axis, so equal factors are equal steps */
     double power[] = {1, 10, 100, 100};
-    s = (struct series){"s", x, power, 3, false, 0};
+    s = (struct series){"s", x, power, 3, false, 0, false};
     plot_lines(&h, "T", NULL, "X", "Y", &s, 1);
     line = strstr(h.text, "class=\"line s0\"");
     assert_int_equal(sscanf(line, "class=\"line s0\" d=\"M%lf %lfL%lf %lfL%lf %lf\"", &x0, &y0, &x1,
@@ -151,9 +151,19 @@ static void test_lines_reach_from_corner_to_corner(void **state) {
     assert_true(fabs(y1 - (y0 + y2) / 2) <= 0.11);
     free(h.text);
 
+    h = (struct html){0}; /* unless it is told not to */
+    s.linear = true;
+    plot_lines(&h, "T", NULL, "X", "Y", &s, 1);
+    line = strstr(h.text, "class=\"line s0\"");
+    assert_int_equal(sscanf(line, "class=\"line s0\" d=\"M%lf %lfL%lf %lfL%lf %lf\"", &x0, &y0, &x1,
+                            &y1, &x2, &y2),
+                     6);
+    assert_true(fabs((y0 - y1) / (y0 - y2) - 9 / 99.) <= 0.002);
+    free(h.text);
+
     h = (struct html){0};
     double none[] = {NAN, NAN};
-    s = (struct series){"s", x, none, 2, false, 0};
+    s = (struct series){"s", x, none, 2, false, 0, false};
     plot_lines(&h, "T", NULL, "X", "Y", &s, 1);
     assert_int_equal(h.len, 0);
 }
