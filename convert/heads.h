@@ -61,8 +61,4 @@ void heads_watch(struct heads *h,
                             const float *a),
                  void *arg);
 
-/* Tests and callers without a model: Spearman's rho of x and y [n], ties by mean rank; 0 where
- * either is constant. room [4 n] doubles. */
-double rank_correlation(const float *x, const float *y, int n, double *room);
-
 #endif

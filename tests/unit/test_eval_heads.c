@@ -2,6 +2,7 @@
  * are their definition. */
 #include "convert/heads.h"
 #include "convert/picture.h"
+#include "convert/rank.h"
 #include "model_folder.h"
 
 #include "attention/kernels.h"
