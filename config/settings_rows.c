@@ -1,0 +1,132 @@
+/* settings_rows.c - every setting, once. */
+#include "config/settings_rows.h"
+
+#include <limits.h>
+#include <stddef.h>
+
+static const double BIG = 1e15; /* tokens: more than anyone will read, far from overflow */
+#define AT(field) offsetof(struct settings, field)
+
+const char *const settings_command_names[N_COMMANDS] = {"serve", "run", "info", "eval", "bench", "convert"};
+const char *const settings_command_help[N_COMMANDS] = {
+    "serve a model over HTTP with OpenAI's API",
+    "print a streamed answer, or chat on the terminal",
+    "print a model's architecture, attention, slot size and capacity",
+    "measure quality: perplexity, agreement with another model, recall",
+    "measure speed: prefill and decode by depth and batch",
+    "teach a softmax model Hedgehog attention, from text",
+};
+
+/* clang-format off */
+const struct row settings_rows[] = {
+    {"model", TEXT, AT(model), ALL, NULL, 0, 0, 0, "MODEL", "a Hugging Face folder, a converted folder or a GGUF file; none: the default model"},
+    {"prompt", TEXT, AT(prompt), RUN, NULL, 0, 0, 0, "PROMPT", "what to answer; none: a chat on the terminal"},
+
+    {"base", TEXT, AT(base), ALL, NULL, 0, 0, 0, "FILE", "base model of an adapter, instead of the one found by its digest"},
+    {"device", CHOICE, AT(device), ALL, "auto", 0, 0, 0, "auto|cpu|cuda", "where the model runs; auto: the GPU where there is one, else the CPU"},
+    {"weights", CHOICE, AT(weights), ALL, "auto", 0, 0, 0, "auto|fp32|bf16|int8|int4|fp8", "precision of the weights; auto: near to the file's own; fp8: on a GPU only"},
+    {"kv-type", CHOICE, AT(kv_type), ALL, "bf16", 0, 0, 0, "bf16|fp32", "precision of exact keys and values"},
+    {"chat-template", CHOICE, AT(chat_template), ALL, NULL, 0, 0, 0, "chatml|llama2|llama3|mistral|phi3|gemma|zephyr|none", "chat format, instead of the one recognised in the model's own template"},
+    {"threads", INT, AT(threads), ALL, "0", 0, 1024, 0, "N", "threads for the model; 0: as many as there are CPUs"},
+    {"isa", CHOICE, AT(isa), ALL, "auto", 0, 0, 0, "auto|generic|avx2|avx512|amx|dotprod", "most modern instruction family that the kernels may use; auto: the best the machine has, but amx only where it is named"},
+    {"max-seq-len", INT64, AT(max_seq_len), ALL, "0", 0, BIG, 0, "N", "longest sequence in tokens; 0: the model's own (Hedgehog: no limit)"},
+    {"cache-size", INT, AT(cache_size), ALL, "-1", -1, 1 << 20, 0, "N", "places of the recall cache; -1: the model's"},
+    {"cache-recent", INT, AT(cache_recent), ALL, "-1", -1, 1 << 20, 0, "N", "places of the recall cache that prefer recent keys; -1: the model's"},
+    {"cache-age", INT, AT(cache_age), ALL, "-1", -1, INT_MAX, 0, "TOKENS", "distance at which a recent place halves a key's score; -1: the model's"},
+    {"max-distance", INT64, AT(max_distance), ALL, "-1", -1, BIG, 0, "TOKENS", "farthest distance a far exact key is given; -1: the model's"},
+    {"horizon", INT64, AT(horizon), ALL, "-1", -1, BIG, 0, "KEYS", "keys in the state before it is scaled down at each fold; -1: the model's"},
+
+    {"host", TEXT, AT(host), SERVE, "127.0.0.1", 0, 0, 0, "ADDRESS", "address to listen on; 0.0.0.0: every interface"},
+    {"port", INT, AT(port), SERVE, "8080", 0, 65535, 0, "N", "port to listen on; 0: any free one (printed)"},
+    {"served-model-name", TEXT, AT(served_model_name), SERVE, NULL, 0, 0, 0, "NAME", "the model's name in the API, instead of its own"},
+    {"api-key", TEXT, AT(api_key), SERVE, NULL, 0, 0, 0, "KEY[,KEY...]", "keys that clients must send; none: open (URCHIN_API_KEY keeps it out of the process list)"},
+    {"cors-origin", TEXT, AT(cors_origin), SERVE, "*", 0, 0, 0, "ORIGIN", "origin that browsers may call from; empty: none"},
+    {"max-seqs", INT, AT(max_seqs), SERVE | RUN | INFO, "0", 0, 65536, 0, "N", "sequences at once (slots); 0: as many as --memory holds, at most 256"},
+    {"memory", SIZE, AT(memory_mb), SERVE | RUN | INFO | CONVERT, "0", 0, 1e15, 1 << 20, "SIZE", "memory for slots when --max-seqs is 0; 0: a quarter of what is free.  convert: what it may take in all; 0: what it needs"},
+    {"prefill-chunk", INT, AT(prefill_chunk), SERVE | RUN | BENCH, "0", 0, 65536, 0, "N", "prompt tokens read in one step beside those generated, less keeps others smoother; 0: 64 on a CPU, 256 on a GPU"},
+    {"max-queue", INT, AT(max_queue), SERVE, "256", 0, 1 << 20, 0, "N", "requests that may wait; the next gets 429 with Retry-After"},
+    {"output-limit", SIZE, AT(output_limit_kb), SERVE, "256K", KIB, 1e12, 1024, "SIZE", "unread output of a request before its generation pauses"},
+    {"body-limit", SIZE, AT(body_limit_kb), SERVE, "8M", KIB, 1e12, 1024, "SIZE", "largest request body"},
+    {"header-limit", SIZE, AT(header_limit_kb), SERVE, "8K", 4 * KIB, 1e9, 1024, "SIZE", "largest request line and headers"},
+    {"idle-timeout", INT, AT(idle_timeout_s), SERVE, "60", 1, 86400, 0, "SECONDS", "a connection silent for so long is closed"},
+    {"max-connections", INT, AT(max_connections), SERVE, "4096", 1, 1 << 20, 0, "N", "connections at once"},
+    {"drain-timeout", DOUBLE, AT(drain_timeout_s), SERVE, "30", 0, 86400, 0, "SECONDS", "on SIGTERM, how long running requests may go on"},
+    {"log-prompts", SWITCH, AT(log_prompts), SERVE, "no", 0, 0, 0, NULL, "write prompts and answers to the log"},
+
+    {"raw", SWITCH, AT(raw), RUN, "no", 0, 0, 0, NULL, "complete the prompt as it stands, without the chat format"},
+    {"system", TEXT, AT(system), RUN, NULL, 0, 0, 0, "TEXT", "system message"},
+    {"max-tokens", INT64, AT(max_tokens), RUN, "1024", -1, BIG, 0, "N", "longest answer; -1: no limit"},
+    {"temperature", DOUBLE, AT(temperature), RUN, "0.7", 0, 100, 0, "T", "0: always the likeliest token"},
+    {"top-p", DOUBLE, AT(top_p), RUN, "0.95", 0, 1, 0, "P", "draw from the likeliest tokens that sum to P; 1: off"},
+    {"top-k", INT, AT(top_k), RUN, "0", 0, INT_MAX, 0, "K", "draw from the K likeliest tokens; 0: off"},
+    {"min-p", DOUBLE, AT(min_p), RUN, "0", 0, 1, 0, "P", "drop tokens less likely than P times the likeliest; 0: off"},
+    {"seed", INT64, AT(seed), RUN | EVAL | CONVERT, "-1", -1, 0x1p63, 0, "N", "same seed, same result; -1: run draws another one each time, eval and convert take 0"},
+
+    {"text", TEXT, AT(text), EVAL | CONVERT, NULL, 0, 0, 0, "FILE[,FILE...]", "texts to measure on or to learn from; convert takes folders too, and .jsonl files with text or messages"},
+    {"against", TEXT, AT(against), EVAL, NULL, 0, 0, 0, "MODEL", "model to compare with; 'base': the base of an adapter"},
+    {"against-weights", CHOICE, AT(against_weights), EVAL, "auto", 0, 0, 0, "auto|fp32|bf16|int8|int4|fp8", "precision of that model's weights"},
+    {"against-kv-type", CHOICE, AT(against_kv_type), EVAL, NULL, 0, 0, 0, "bf16|fp32", "precision of that model's exact keys and values, instead of --kv-type"},
+    {"tests", TEXT, AT(tests), EVAL, "all", 0, 0, 0, "NAME[,NAME...]", "what to measure: perplexity, stream, choice, heads, passkey, recall, added, or all (but added, and choice where there are --tasks)"},
+    {"tasks", TEXT, AT(tasks), EVAL, NULL, 0, 0, 0, "FILE", "choice: questions, a line of JSON each: {\"question\": \"...\", \"choices\": [\"...\", ...], \"answer\": index}"},
+    {"html", TEXT, AT(html), EVAL, NULL, 0, 0, 0, "FILE.html", "a page of what is measured, with the model's conversion.json in it; FILE.json beside it says the same"},
+    {"ablate", TEXT, AT(ablate), EVAL, "linear,cache,both", 0, 0, 0, "PART[,PART]", "parts switched off in turn, measured beside the whole: linear (exact keys only), cache, both (at once), or none"},
+    {"tokens", INT64, AT(tokens), EVAL, "0", 0, BIG, 0, "N", "how much of each text to use; 0: all"},
+    {"context", INT64, AT(context), EVAL, "1024", 2, 1 << 30, 0, "TOKENS", "perplexity and heads: context of each window"},
+    {"stride", INT64, AT(stride), EVAL, "0", 0, 1 << 30, 0, "TOKENS", "perplexity: tokens scored in each window; 0: all of it"},
+    {"bin", INT64, AT(bin), EVAL, "1024", 1, BIG, 0, "TOKENS", "stream: tokens in each line of the table"},
+    {"lengths", LIST, AT(lengths), EVAL, "1000,2000", 1, 1 << 30, 0, "N[,N...]", "passkey, recall, added: tokens of each text"},
+    {"tries", INT, AT(tries), EVAL, "40", 1, 100000, 0, "N", "passkey, recall, added: questions at each length"},
+    {"facts", INT, AT(facts), EVAL, "8", 1, 64, 0, "N", "recall: facts hidden in one text"},
+    {"memories", LIST, AT(memories), EVAL, "2,8", 2, 16, 0, "N[,N...]", "added: how many texts are read apart and their memories added"},
+
+    {"out", TEXT, AT(out), CONVERT, NULL, 0, 0, 0, "FOLDER", "where the converted model goes"},
+    {"merge", SWITCH, AT(merge), CONVERT, "no", 0, 0, 0, NULL, "learn nothing: write the adapter MODEL and its base as one whole model, in bf16"},
+    {"recipe", CHOICE, AT(recipe), CONVERT, "urchin", 0, 0, 0, "urchin|lolcats|paper", "what the flags below are when they are not given"},
+    {"name", TEXT, AT(name), CONVERT, NULL, 0, 0, 0, "NAME", "the converted model's name; none: the base's with -hedgehog"},
+    {"steps", INT, AT(steps), CONVERT, "400", 0, 1 << 30, 0, "N", "steps of the optimiser; 0: calibrate only"},
+    {"accumulate", INT, AT(accumulate), CONVERT, "1", 1, 1 << 20, 0, "N", "sequences read for one step"},
+    {"length", INT, AT(length), CONVERT, "0", 0, 1 << 24, 0, "TOKENS", "length of a sequence; 0: 1,024, or the base's context where that is less"},
+    {"long-length", INT, AT(long_length), CONVERT, "0", 0, 1 << 24, 0, "TOKENS", "length of a long sequence; 0: 4,096, or the base's context where that is less"},
+    {"long-every", INT, AT(long_every), CONVERT, "5", 0, 1 << 30, 0, "N", "every so many sequences one is long; 0: none"},
+    {"rows", INT, AT(rows), CONVERT, "80", 1, 1 << 20, 0, "N", "query rows compared in a sequence"},
+    {"long-rows", INT, AT(long_rows), CONVERT, "32", 1, 1 << 20, 0, "N", "query rows compared in a long sequence"},
+    {"join-documents", SWITCH, AT(join_documents), CONVERT, "no", 0, 0, 0, NULL, "fill sequences with documents one after the other, each seeing those before it"},
+    {"recall", DOUBLE, AT(recall), CONVERT, "0", 0, 1, 0, "SHARE", "share of sequences that are synthetic: facts in ordinary text, then questions about them"},
+    {"loss", CHOICE, AT(loss), CONVERT, NULL, 0, 0, 0, "cross-entropy|mse|both", "cross-entropy of rows of attention, squared error of outputs, or both"},
+    {"mse-factor", DOUBLE, AT(mse_factor), CONVERT, "1000", 0, 1e12, 0, "X", "weight of the squared error"},
+    {"lr", DOUBLE, AT(lr), CONVERT, "0", 0, 10, 0, "RATE", "learning rate of maps; 0: the recipe's"},
+    {"lr-mix", DOUBLE, AT(lr_mix), CONVERT, "0", 0, 10, 0, "RATE", "learning rate of the mixing; 0: the recipe's"},
+    {"schedule", CHOICE, AT(schedule), CONVERT, NULL, 0, 0, 0, "one-cycle|constant", "how the rates go over the steps"},
+    {"warmup", DOUBLE, AT(warmup), CONVERT, "0.08", 0, 1, 0, "SHARE", "share of the steps in which the rates rise"},
+    {"finetune", CHOICE, AT(finetune), CONVERT, NULL, 0, 0, 0, "none|low-rank|full", "what is trained after the maps: nothing, low-rank parts of q, k, v and o, or all weights; maps go on learning"},
+    {"finetune-loss", CHOICE, AT(finetune_loss), CONVERT, NULL, 0, 0, 0, "distill|next-token", "divergence from the base's next-token probabilities, or the loss of the text's own next token"},
+    {"finetune-steps", INT, AT(finetune_steps), CONVERT, "-1", -1, 1 << 30, 0, "N", "steps of fine-tuning; -1: the recipe's"},
+    {"finetune-accumulate", INT, AT(finetune_accumulate), CONVERT, "0", 0, 1 << 20, 0, "N", "sequences read for one of its steps; 0: the recipe's"},
+    {"finetune-lr", DOUBLE, AT(finetune_lr), CONVERT, "-1", -1, 10, 0, "RATE", "learning rate of low-rank parts or weights; -1: the recipe's"},
+    {"finetune-lr-maps", DOUBLE, AT(finetune_lr_maps), CONVERT, "-1", -1, 10, 0, "RATE", "learning rate of maps and mixing meanwhile; 0: they stay; -1: the recipe's"},
+    {"finetune-products", CHOICE, AT(finetune_products), CONVERT, "auto", 0, 0, 0, "auto|fp32|bf16", "what weights and activations are rounded to before they are multiplied; sums are fp32; auto: bf16 where the CPU has it, twice as fast"},
+    {"rank", INT, AT(rank), CONVERT, "0", 0, 1 << 14, 0, "N", "rank of low-rank parts; 0: the recipe's"},
+    {"map", CHOICE, AT(map), CONVERT, NULL, 0, 0, 0, "exp|softmax2|joint_softmax", "feature map: the paper's, LoLCATs' or fla's"},
+    {"features", INT, AT(features), CONVERT, "0", 0, 1 << 14, 0, "N", "projections of a map, half as many as features; 0: the recipe's"},
+    {"init-scale", DOUBLE, AT(init_scale), CONVERT, "0", 0, 100, 0, "X", "maps begin as X times the identity; 0: the recipe's"},
+    {"key-map", CHOICE, AT(key_map), CONVERT, NULL, 0, 0, 0, "kv_head|query_head", "a key map, and a state, for each"},
+    {"map-position", CHOICE, AT(map_position), CONVERT, NULL, 0, 0, 0, "none|rope", "maps see q and k before or after RoPE"},
+    {"window", CHOICE, AT(window), CONVERT, NULL, 0, 0, 0, "none|sliding|terraced", "rule of the exact window"},
+    {"window-size", INT, AT(window_size), CONVERT, "-1", -1, 1 << 20, 0, "TOKENS", "size of the window; -1: the recipe's"},
+    {"sinks", INT, AT(sinks), CONVERT, "-1", -1, 1 << 20, 0, "N", "first tokens kept exact; -1: the recipe's"},
+    {"mixing", CHOICE, AT(mixing), CONVERT, NULL, 0, 0, 0, "unified|lolcats", "how exact and linear terms are put together"},
+    {"softmax-layers", LIST, AT(softmax_layers), CONVERT, NULL, 0, 1 << 12, 0, "N[,N...]", "layers, from 0, that keep softmax attention and its growing cache"},
+
+    {"n-prompt", LIST, AT(n_prompt), BENCH, "512", 1, BIG, 0, "N[,N...]", "prompt lengths to read"},
+    {"n-gen", INT, AT(n_gen), BENCH, "64", 1, INT_MAX, 0, "N", "tokens generated by each sequence"},
+    {"batch", LIST, AT(batch), BENCH, "1,8,32", 1, 65536, 0, "N[,N...]", "sequences decoded together"},
+    {"depth", LIST, AT(depth), BENCH, "0,1000", 0, BIG, 0, "N[,N...]", "tokens read before measuring"},
+    {"repeat", INT, AT(repeat), BENCH, "3", 1, 1000, 0, "N", "measurements of each point"},
+    {"profile", SWITCH, AT(profile), BENCH, "no", 0, 0, 0, NULL, "print where each point's time goes, operation by operation (on the CPU)"},
+    {"json", SWITCH, AT(json), INFO | EVAL | BENCH, "no", 0, 0, 0, NULL, "print JSON"},
+
+    {"log-level", CHOICE, AT(log_level), ALL, "auto", 0, 0, 0, "auto|debug|info|warn|error", "least level that is logged; auto: info for serve, else warn"},
+    {"log-format", CHOICE, AT(log_format), ALL, "text", 0, 0, 0, "text|json", "one line an event, as text or JSON"},
+};
+/* clang-format on */
+const int settings_n_rows = sizeof settings_rows / sizeof *settings_rows;
