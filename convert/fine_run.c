@@ -14,7 +14,7 @@ static enum err probe(struct conversion *c, double *loss) {
         pack_free(&pack);
         if (e) return FAIL(c, e, "out of memory");
     }
-    *loss = sums.rows ? sums.loss / (double)sums.rows : 0;
+    *loss = sums.weight > 0 ? sums.loss / sums.weight : 0;
     return OK;
 }
 
@@ -60,7 +60,7 @@ static enum err step(struct conversion *c) {
         pack_free(&pack);
         if (e) return FAIL(c, e, "out of memory");
     }
-    point.loss = sums.rows ? sums.loss / (double)sums.rows : 0;
+    point.loss = sums.weight > 0 ? sums.loss / sums.weight : 0;
     if (!isfinite(point.loss) || finetune_step(f))
         return FAIL(c, ERR_ARG,
                     "step %lld of fine-tuning: its loss or gradient is no number, so training was "

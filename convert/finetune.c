@@ -127,7 +127,7 @@ static enum err read(struct finetune *f, const struct pack *pack, bool learn,
                              1 / (float)r->accumulate, learn ? &g : NULL, &mine);
     if (e) return e;
     sums->loss += mine.loss;
-    sums->rows += mine.rows;
+    sums->weight += mine.weight;
     return OK;
 }
 

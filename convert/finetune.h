@@ -29,7 +29,8 @@ enum err finetune_new(struct finetune **out, const struct recipe *recipe, const 
 void finetune_free(struct finetune *f); /* NULL is fine */
 size_t finetune_bytes(const struct recipe *recipe, const struct base *base, int n_threads, int max_tokens);
 
-/* The mean loss over a pack's rows is added to sums; learn adds its gradient too. */
+/* L = sum_n w_n l_n / sum_n w_n over a pack's rows, with more weight for what a recall text asks to remember (pupil.h); both
+ * sums are added to.  learn adds the gradient of L too, divided by `accumulate`. */
 enum err finetune_measure(struct finetune *f, const struct pack *pack, struct fine_sums *sums);
 enum err finetune_learn(struct finetune *f, const struct pack *pack, struct fine_sums *sums);
 

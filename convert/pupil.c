@@ -54,11 +54,26 @@ static enum err read_pupil(struct pupil *p, const struct pupil_weights *w,
 }
 
 /* ---- the head ---- */
+/* w_n of row n of a document that ends at end. */
+static float row_weight(const struct pack *pack, int n, int end) {
+    return pack->weight && n + 1 < end ? 1 + ANSWER_WEIGHT * pack->weight[n + 1] : 1;
+}
+/* Sum of w_n over the rows that have a loss. */
+static double all_weight(const struct pack *pack, enum fine_loss loss) {
+    double sum = 0;
+    for (int d = 0; d < pack->n_documents; d++) {
+        int end = pack->first[d + 1];
+        for (int n = pack->first[d]; n < (loss == FINE_DISTILL ? end : end - 1); n++)
+            sum += (double)row_weight(pack, n, end);
+    }
+    return sum;
+}
+
 struct head {
     struct pupil *p;
     const struct pack *pack;
     enum fine_loss loss;
-    float factor;
+    float factor; /* of a row's gradient, times w_n */
     int first, n; /* rows of the block */
 };
 static void head_rows(void *arg, int thread, int n_threads) {
@@ -70,13 +85,14 @@ static void head_rows(void *arg, int thread, int n_threads) {
         float *z = p->z + (size_t)i * p->vocab;
         while (n >= h->pack->first[document + 1])
             document++;
-        p->losses[i] = 0;
+        float w = row_weight(h->pack, n, h->pack->first[document + 1]), loss = 0;
         if (h->loss == FINE_DISTILL)
-            p->losses[i] = p->rows->distill(z, p->z_base + (size_t)i * p->vocab, V, h->factor);
+            loss = p->rows->distill(z, p->z_base + (size_t)i * p->vocab, V, w * h->factor);
         else if (n + 1 < h->pack->first[document + 1])
-            p->losses[i] = p->rows->next_token(z, h->pack->tokens[n + 1], V, h->factor);
+            loss = p->rows->next_token(z, h->pack->tokens[n + 1], V, w * h->factor);
         else
             memset(z, 0, p->vocab * sizeof *z);
+        p->losses[i] = (double)w * (double)loss;
     }
 }
 
@@ -84,8 +100,8 @@ static void head_rows(void *arg, int thread, int n_threads) {
 static void head(struct pupil *p, const struct pupil_weights *w, const struct pack *pack,
                  enum fine_loss loss, float share, struct network *grads, bool back,
                  struct fine_sums *sums) {
-    int rows = loss == FINE_DISTILL ? pack->n : pack->n - pack->n_documents, V = (int)p->vocab,
-        E = (int)p->E;
+    int V = (int)p->vocab, E = (int)p->E;
+    double weight = all_weight(pack, loss);
     for (int r = 0; r < pack->n; r += HEAD_ROWS) {
         int n = piece(pack, (size_t)r, HEAD_ROWS);
         const float *x = p->normed + (size_t)r * p->E;
@@ -95,7 +111,7 @@ static void head(struct pupil *p, const struct pupil_weights *w, const struct pa
             gemm(p->gemm, p->z_base, p->vocab, false,
                  gemm_plain(p->x_base + (size_t)r * p->E, p->E),
                  gemm_transposed(p->base->head, p->E), n, V, E);
-        struct head h = {p, pack, loss, share / (float)rows, r, n};
+        struct head h = {p, pack, loss, share / (float)weight, r, n};
         team_run(p->team, head_rows, &h);
         for (int i = 0; i < n; i++)
             sums->loss += p->losses[i];
@@ -103,7 +119,7 @@ static void head(struct pupil *p, const struct pupil_weights *w, const struct pa
         pupil_linear_back(p, p->dn + (size_t)r * p->E, p->z, x, n, w->network->head, p->vocab, p->E,
                           grads ? grads->head : NULL, NULL);
     }
-    sums->rows += rows;
+    sums->weight += weight;
 }
 
 enum err pupil_learn(struct pupil *p, const struct pupil_weights *w, const struct pack *pack,

@@ -3,8 +3,12 @@
  *   x_0 = embedding (+ position)
  *   m = x + W_o attention(W_qkv norm(x)),   x' = m + W_down act(W_gate norm(m), W_up norm(m))      each layer
  *   z = W_head norm(x_L)
- *   L = mean over rows of KL(softmax(z_base) || softmax(z))      distill: the base has read the same tokens
- *   L = mean over rows of -log softmax(z)[next token]            next token: all rows but a document's last
+ *   l_n = KL(softmax(z_base) || softmax(z))                      distill: the base has read the same tokens
+ *   l_n = -log softmax(z)[next token]                            next token: all rows but a document's last
+ *   L   = sum_n w_n l_n / sum_n w_n                              over those rows of a pack
+ *
+ * w_n = 1 + ANSWER_WEIGHT weight[n + 1] where a pack has weights (corpus.h: token n + 1, of the same document, is what a
+ * question asks to remember), else 1: the plain mean.
  *
  * Weights are a network's, those of q, k, v and o with W + scale B A where there are low-rank parts (merged before
  * use, as the engine does).  Attention forward is the engine's own (attention.h), block by block: window, sinks, self-recall
@@ -56,11 +60,12 @@ size_t pupil_bytes(const struct base_config *c, const struct attention_config *a
                    int max_rank);
 
 enum fine_loss { FINE_DISTILL, FINE_NEXT_TOKEN };
-struct fine_sums { /* over rows; added to */
-    double loss;
-    int64_t rows;
+/* A row that says what is to be remembered counts as five of the ordinary text around it: chosen, not measured. */
+enum { ANSWER_WEIGHT = 4 };
+struct fine_sums { /* added to: sum_n w_n l_n, sum_n w_n */
+    double loss, weight;
 };
-/* Reads a pack, and with gradients adds share times those of its loss.  ERR_NOMEM. */
+/* Reads a pack, and with gradients adds share times those of its L.  ERR_NOMEM. */
 enum err pupil_learn(struct pupil *p, const struct pupil_weights *w, const struct pack *pack, enum fine_loss loss,
                      float share, const struct pupil_gradients *gradients, struct fine_sums *sums);
 

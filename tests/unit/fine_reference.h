@@ -251,23 +251,26 @@ static inline double ref_log_sum(const double *z, int n) {
     return most + log(sum);
 }
 
-/* Mean loss over the pack's rows; base [n][vocab]: the teacher's logits, NULL: next token. */
+/* Loss over the rows, weighed as pupil.h says; base [n][vocab]: teacher's logits, NULL: next token.
+ */
 static inline double ref_loss(const struct fine_reference *r, const double *base) {
-    int V = r->shape->config.vocab_size, rows = 0;
-    double *z = ref_logits(r), sum = 0;
+    int V = r->shape->config.vocab_size;
+    double *z = ref_logits(r), sum = 0, weights = 0;
     for (int doc = 0; doc < r->pack->n_documents; doc++)
         for (int t = r->pack->first[doc]; t < r->pack->first[doc + 1]; t++) {
             const double *mine = z + (size_t)t * (size_t)V,
                          *theirs = base ? base + (size_t)t * (size_t)V : NULL;
             double log_z = ref_log_sum(mine, V), log_base = base ? ref_log_sum(theirs, V) : 0;
-            if (!base && t + 1 == r->pack->first[doc + 1]) continue;
-            rows++;
-            if (!base) sum += log_z - mine[r->pack->tokens[t + 1]];
+            bool last = t + 1 == r->pack->first[doc + 1];
+            if (!base && last) continue;
+            double w = r->pack->weight && !last ? 1 + 4 * (double)r->pack->weight[t + 1] : 1;
+            weights += w;
+            if (!base) sum += w * (log_z - mine[r->pack->tokens[t + 1]]);
             for (int i = 0; base && i < V; i++)
-                sum += exp(theirs[i] - log_base) * ((theirs[i] - log_base) - (mine[i] - log_z));
+                sum += w * exp(theirs[i] - log_base) * ((theirs[i] - log_base) - (mine[i] - log_z));
         }
     free(z);
-    return sum / rows;
+    return sum / weights;
 }
 
 #endif

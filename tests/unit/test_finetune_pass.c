@@ -167,10 +167,11 @@ static void check_part(const char *what, struct fine_reference *ref, const doubl
     free(was);
 }
 
-static void check(const char *type, struct attention_config a, enum fine_loss loss, bool low_rank,
-                  bool full) {
+static void check_weighed(const char *type, struct attention_config a, enum fine_loss loss,
+                          bool low_rank, bool full, float *weight) {
     struct rig r;
     rig_new(&r, type, a, low_rank, full);
+    r.pack.weight = weight;
     const struct base_config *c = base_config(r.base);
     struct fine_sums sums = {0};
     const int64_t *sets[CHECK_L], *seen;
@@ -201,8 +202,8 @@ static void check(const char *type, struct attention_config a, enum fine_loss lo
     ref.maps = doubles(r.maps, r.n_maps);
     ref.low = low_rank ? doubles(r.low, r.n_low) : NULL;
     double want = ref_loss(&ref, base);
-    if (!(fabs(sums.loss / (double)sums.rows - want) <= 2e-5 * (1 + want)))
-        fail_msg("loss %.9g, in double %.9g", sums.loss / (double)sums.rows, want);
+    if (!(fabs(sums.loss / sums.weight - want) <= 2e-5 * (1 + want)))
+        fail_msg("loss %.9g, in double %.9g", sums.loss / sums.weight, want);
 
     size_t mix = student_mix(&r.attention), map_k = student_map_k(&r.attention),
            per = student_params(&r.attention);
@@ -237,6 +238,11 @@ static void check(const char *type, struct attention_config a, enum fine_loss lo
         free((void *)sets[i]);
     free(base), free(teacher), free(ref.values), free(ref.maps), free(ref.low);
     rig_free(&r);
+}
+
+static void check(const char *type, struct attention_config a, enum fine_loss loss, bool low_rank,
+                  bool full) {
+    check_weighed(type, a, loss, low_rank, full, NULL);
 }
 
 static struct attention_config
@@ -306,6 +312,70 @@ static void test_gradients_of_other_windows_are_those_of_the_definition(void **s
     a.horizon = 6;
     a.key_map_per_query_head = true;
     check("llama", a, FINE_NEXT_TOKEN, true, false);
+}
+
+static void test_gradients_with_answers_are_those_of_the_weighted_mean(void **state) {
+    (void)state;
+    float weight[T] = {0};
+    weight[9] = weight[10] = weight[30] = weight[T - 1] = 1;
+    check_weighed("llama", terraced(), FINE_DISTILL, true, false, weight);
+    weight[SECOND] = 1; /* which no row predicts */
+    check_weighed("gpt2", terraced(), FINE_NEXT_TOKEN, true, true, weight);
+}
+
+/* A weight beside which the others vanish leaves the loss of one row, and the mean of those of all
+ * rows is the loss without weights. */
+static void test_a_heavy_row_has_the_loss_to_itself(void **state) {
+    (void)state;
+    for (enum fine_loss loss = FINE_DISTILL; loss <= FINE_NEXT_TOKEN; loss++) {
+        struct rig r;
+        rig_new(&r, "llama", terraced(), true, false);
+        float weight[T];
+        double sum = 0, lowest = INFINITY, highest = 0;
+        struct fine_sums plain = {0}, light = {0}, last = {0};
+        assert_int_equal(pupil_learn(r.pupil, &r.weights, &r.pack, loss, 1, NULL, &plain), OK);
+        r.pack.weight = weight;
+        memset(weight, 0, sizeof weight);
+        weight[0] = weight[SECOND] = 1; /* which no row predicts */
+        assert_int_equal(pupil_learn(r.pupil, &r.weights, &r.pack, loss, 1, NULL, &light), OK);
+        assert_true(light.loss == plain.loss && light.weight == plain.weight);
+        int rows = 0;
+        for (int n = 0; n < T - 1; n++) {
+            if (n + 1 == SECOND) continue;
+            struct fine_sums one = {0};
+            memset(weight, 0, sizeof weight);
+            weight[n + 1] = 1e9f;
+            assert_int_equal(pupil_learn(r.pupil, &r.weights, &r.pack, loss, 1, NULL, &one), OK);
+            double row = one.loss / one.weight;
+            sum += row;
+            lowest = fmin(lowest, row), highest = fmax(highest, row);
+            rows++;
+        }
+        assert_true(highest > 1.05 * lowest); /* else nothing was asked */
+        if (loss == FINE_DISTILL) { /* a document's last rows: the rest of two packs without them */
+            assert_int_equal((int)plain.weight, T);
+            for (int d = 0; d < 2; d++) {
+                int end = d ? T : SECOND, first[] = {0, end - r.first[d]};
+                struct pack whole = {.tokens = r.tokens + r.first[d],
+                                     .first = first,
+                                     .n = first[1],
+                                     .n_documents = 1},
+                            less = whole;
+                int shorter[] = {0, first[1] - 1};
+                less.first = shorter;
+                less.n--;
+                struct fine_sums a = {0}, b = {0};
+                assert_int_equal(pupil_learn(r.pupil, &r.weights, &whole, loss, 1, NULL, &a), OK);
+                assert_int_equal(pupil_learn(r.pupil, &r.weights, &less, loss, 1, NULL, &b), OK);
+                last.loss += a.loss - b.loss;
+                rows++;
+            }
+        }
+        assert_int_equal(rows, (int)plain.weight);
+        /* fp32 losses of 37 rows, 1e-7 of their logits each; the other rows weigh 1e-8 of one */
+        assert_true(fabs(sum + last.loss - plain.loss) <= 1e-5 * (1 + plain.loss));
+        rig_free(&r);
+    }
 }
 
 /* Logits of tokens [n] by the engine, with fp32 weights, keys and values, beside those of the pass
@@ -422,6 +492,8 @@ int main(void) {
         IN_FOLDER(test_gradients_of_all_weights_are_those_of_the_definition),
         IN_FOLDER(test_gradients_of_lolcats_mixing_are_those_of_the_definition),
         IN_FOLDER(test_gradients_of_other_windows_are_those_of_the_definition),
+        IN_FOLDER(test_gradients_with_answers_are_those_of_the_weighted_mean),
+        IN_FOLDER(test_a_heavy_row_has_the_loss_to_itself),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     team_free(team);
