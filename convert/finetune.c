@@ -30,7 +30,8 @@ size_t finetune_bytes(const struct recipe *r, const struct base *base, int n_thr
     size_t values = network_bytes(base),
            params = map_params(r, c) + other_params(r, c, values / sizeof(float));
     return values + 4 * params * sizeof(float) +
-           pupil_bytes(c, &r->attention, n_threads, max_tokens, rank_of(r));
+           pupil_bytes(c, &r->attention, r->n_softmax_layers > 0, n_threads, max_tokens,
+                       rank_of(r));
 }
 
 /* Uniform in [-1, 1): the same for the same place. */
@@ -80,8 +81,14 @@ enum err finetune_new(struct finetune **out, const struct recipe *r, const struc
     if (all && r->finetune.method == FINETUNE_FULL)
         all = !network_over(&f->own, f->base, f->w + f->n_maps) &&
               !network_over(&f->d_own, f->base, f->g + f->n_maps);
+    if (all && r->n_softmax_layers) {
+        all = (f->softmax = calloc((size_t)c->n_layers, sizeof *f->softmax));
+        for (int i = 0; all && i < r->n_softmax_layers; i++)
+            f->softmax[r->softmax_layers[i]] = true;
+    }
     struct pupil_options o = {.base = f->base,
                               .attention = &r->attention,
+                              .softmax = f->softmax,
                               .rope = rope,
                               .team = team,
                               .max_tokens = max_tokens,
@@ -103,6 +110,7 @@ void finetune_free(struct finetune *f) {
     for (int i = 0; i < 4; i++)
         memory_unmap(arrays[i], f->n_params * sizeof(float));
     free(f->pieces);
+    free(f->softmax);
     pupil_free(f->pupil);
     network_free(f->own);
     network_free(f->d_own);

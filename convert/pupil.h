@@ -13,6 +13,7 @@
  * Weights are a network's, those of q, k, v and o with W + scale B A where there are low-rank parts (merged before
  * use, as the engine does).  Attention forward is the engine's own (attention.h), block by block: window, sinks, self-recall
  * with the present state and horizon are what will be served, in fp32; the sets chosen are a constant for the gradient.
+ * Layers that keep softmax see all keys exactly, y_n = sum_{j <= n} w_nj v_j / sum_{j <= n} w_nj; their maps get no gradient.
  *
  * Of a sequence only each layer's input is kept; the backward pass makes the rest again, a layer at a time.  Logits exist for
  * HEAD_ROWS rows at a time.  Threads own outputs and sums have one order: results are the same bits for any number. */
@@ -49,6 +50,7 @@ struct pupil;
 struct pupil_options {
     const struct network *base;               /* the teacher; borrowed, as all here */
     const struct attention_config *attention; /* as served; kv_type is not looked at: fp32 */
+    const bool *softmax;                      /* [n_layers]: those that keep it; NULL: none */
     const struct rope *rope;                  /* NULL: none */
     struct team *team;
     int max_tokens, max_rank; /* of a pack; 0: no low-rank parts */
@@ -56,8 +58,8 @@ struct pupil_options {
 };
 enum err pupil_new(struct pupil **out, const struct pupil_options *options);
 void pupil_free(struct pupil *p); /* NULL is fine */
-size_t pupil_bytes(const struct base_config *c, const struct attention_config *a, int n_threads, int max_tokens,
-                   int max_rank);
+size_t pupil_bytes(const struct base_config *c, const struct attention_config *a, bool any_softmax, int n_threads,
+                   int max_tokens, int max_rank);
 
 enum fine_loss { FINE_DISTILL, FINE_NEXT_TOKEN };
 /* A row that says what is to be remembered counts as five of the ordinary text around it: chosen, not measured. */

@@ -18,11 +18,15 @@ struct pupil {
     const struct network *base;
     struct base_config config;
     struct attention_config attention, softmax;
+    struct attention_config all_exact; /* the same for attention_back(): all keys are in its window */
+    const bool *kept;                  /* [n_layers] that keep softmax, or NULL */
     const struct rope *rope;
     struct team *team;
     const struct backward_kernels *rows;
     struct gemm_scratch *gemm, *exact;    /* exact: low-rank parts, fp32 always */
-    struct attention_back_scratch **back; /* [threads] */
+    struct attention_back_scratch **back;       /* [threads] */
+    struct attention_back_scratch **back_exact; /* [threads]; NULL: no layer keeps softmax */
+    float *no_maps;                             /* of all_exact: zeros, which nothing reads through */
     int max_tokens, max_rank;
     size_t E, q, kv, qkv, ffn, gate_up, vocab, map_floats, layer_params;
 
@@ -56,13 +60,17 @@ struct layer { /* what it multiplies with; w NULL: the base's */
     float *dmaps, *dlow;               /* of the layer, or NULL */
 };
 
+static inline bool pupil_is_softmax(const struct pupil *p, const struct pupil_weights *w, int layer) {
+    return !w || (p->kept && p->kept[layer]);
+}
+
 /* Rows of the pack from r on, `most` at most. */
 static inline int piece(const struct pack *pack, size_t r, int most) {
     return pack->n - (int)r < most ? pack->n - (int)r : most;
 }
 
 /* ---- pupil_room.c ---- */
-/* The engine's attention of a layer, w NULL: the base's; attention_free() it. */
+/* The engine's attention of a layer, w NULL: the base's, softmax as in those that keep it; attention_free() it. */
 enum err pupil_attention(struct attention **out, const struct pupil *p, const struct pupil_weights *w, int layer);
 
 /* ---- pupil_layer.c ---- */

@@ -203,7 +203,9 @@ static void head_back(void *arg, int thread, int n_threads) {
                                           .map_q = h->l->dmaps + (size_t)i * map,
                                           .map_k = p->dmap_k + (size_t)i * map,
                                           .mix = p->dmix + i};
-        attention_back(&h->lesson, i, &out, p->back[thread]);
+        bool softmax = pupil_is_softmax(p, h->l->w, h->l->i);
+        if (softmax) out.map_q = out.map_k; /* nothing is added */
+        attention_back(&h->lesson, i, &out, softmax ? p->back_exact[thread] : p->back[thread]);
     }
 }
 
@@ -236,11 +238,12 @@ static size_t sets_before(const struct pupil *p, const struct pack *pack, int do
 /* y of all documents from qkvs. */
 static enum err attend_all(struct pupil *p, const struct layer *l, const struct pack *pack) {
     struct attention *a;
+    bool softmax = pupil_is_softmax(p, l->w, l->i);
     enum err e = pupil_attention(&a, p, l->w, l->i);
     if (e) return e;
     for (int d = 0; d < pack->n_documents; d++)
-        attend(p, a, !l->w, pack->first[d], pack->first[d + 1] - pack->first[d],
-               l->w ? p->sets + sets_before(p, pack, d) : NULL);
+        attend(p, a, softmax, pack->first[d], pack->first[d + 1] - pack->first[d],
+               softmax ? NULL : p->sets + sets_before(p, pack, d));
     attention_free(a);
     return OK;
 }
@@ -248,13 +251,15 @@ static enum err attend_all(struct pupil *p, const struct layer *l, const struct 
 /* dqkvs from dy, y and qkvs; the maps' gradients. */
 static void attend_back(struct pupil *p, const struct layer *l, const struct pack *pack) {
     const struct attention_config *c = &p->attention;
+    bool softmax = pupil_is_softmax(p, l->w, l->i);
+    const float *maps = softmax ? p->no_maps : l->w->maps + (size_t)l->i * p->layer_params;
     size_t H = (size_t)c->n_heads, map = p->map_floats, group = H / (size_t)c->n_kv_heads;
     memset(p->dmap_k, 0, H * map * sizeof *p->dmap_k);
     memset(p->dmix, 0, H * sizeof *p->dmix);
     for (int d = 0; d < pack->n_documents; d++) {
         size_t first = (size_t)pack->first[d];
         struct heads h = {.p = p, .l = l, .first = pack->first[d]};
-        h.lesson = (struct attention_lesson){.config = c,
+        h.lesson = (struct attention_lesson){.config = softmax ? &p->all_exact : c,
                                              .n_tokens = pack->first[d + 1] - pack->first[d],
                                              .q = p->qkvs + first * p->qkv,
                                              .k = p->qkvs + first * p->qkv + p->q,
@@ -267,11 +272,11 @@ static void attend_back(struct pupil *p, const struct layer *l, const struct pac
                                              .far_cosines = p->far_cosines,
                                              .far_sines = p->far_sines,
                                              .cache = p->sets + sets_before(p, pack, d),
-                                             .params = l->w->maps + (size_t)l->i * p->layer_params};
+                                             .params = maps};
         team_run(p->team, head_back, &h);
     }
     deal((struct share){.p = p, .fn = sum_heads, .n = (size_t)pack->n});
-    for (size_t h = 0; h < H; h++) {
+    for (size_t h = 0; !softmax && h < H; h++) {
         size_t state = c->key_map_per_query_head ? h : h / group;
         p->rows->add(l->dmaps + student_map_k(c) + state * map, p->dmap_k + h * map, 1, (int)map);
         l->dmaps[student_mix(c) + h] += p->dmix[h];

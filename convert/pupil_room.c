@@ -95,18 +95,34 @@ static size_t softmax_slot_bytes(const struct base_config *c,
     return 3 * sizeof(float) * (size_t)(c->n_kv_heads * c->head_dim) * (size_t)max_tokens;
 }
 
-size_t pupil_bytes(const struct base_config *c, const struct attention_config *a, int n_threads,
-                   int max_tokens, int max_rank) {
+/* All keys of a sequence are in the window, and the one feature of a map never counts. */
+static struct attention_config all_exact(const struct base_config *c, int max_tokens) {
+    return (struct attention_config){.kind = ATTENTION_HEDGEHOG,
+                                     .n_heads = c->n_heads,
+                                     .n_kv_heads = c->n_kv_heads,
+                                     .head_dim = c->head_dim,
+                                     .map = MAP_EXP,
+                                     .features = 1,
+                                     .window = WINDOW_SLIDING,
+                                     .window_size = max_tokens,
+                                     .mixing = MIXING_UNIFIED};
+}
+
+size_t pupil_bytes(const struct base_config *c, const struct attention_config *a, bool any_softmax,
+                   int n_threads, int max_tokens, int max_rank) {
     struct pupil p;
+    struct attention_config exact = all_exact(c, max_tokens);
+    size_t of_thread = attention_back_scratch_bytes(a, max_tokens);
+    if (any_softmax) of_thread += attention_back_scratch_bytes(&exact, max_tokens);
     return lay_out(&p, c, a, max_tokens, max_rank, NULL) + 2 * gemm_scratch_bytes(n_threads) +
-           (size_t)n_threads * attention_back_scratch_bytes(a, max_tokens) +
-           softmax_slot_bytes(c, max_tokens);
+           (size_t)n_threads * of_thread + softmax_slot_bytes(c, max_tokens);
 }
 
 enum err pupil_attention(struct attention **out, const struct pupil *p,
                          const struct pupil_weights *w, int layer) {
     struct attention_weights maps = {0};
-    if (!w) return attention_new(out, &p->softmax, &maps, 1, p->rope, p->team, STEP_ROWS, 1);
+    if (pupil_is_softmax(p, w, layer))
+        return attention_new(out, &p->softmax, &maps, 1, p->rope, p->team, STEP_ROWS, 1);
     const float *params = w->maps + (size_t)layer * p->layer_params;
     maps.map_q = params;
     maps.map_k = params + student_map_k(&p->attention);
@@ -115,7 +131,7 @@ enum err pupil_attention(struct attention **out, const struct pupil *p,
     return attention_new(out, &p->attention, &maps, 1, p->rope, p->team, rows, 1);
 }
 
-/* A slot that fits either kind of attention. */
+/* A slot that fits either kind of attention.  Before `kept` is set: layer 0 is then Hedgehog's. */
 static bool take_slot(struct pupil *p) {
     float *maps = calloc(p->layer_params, sizeof *maps); /* any will do */
     struct pupil_weights w = {.maps = maps};
@@ -144,6 +160,7 @@ enum err pupil_new(struct pupil **out, const struct pupil_options *o) {
                                            .head_dim = c->head_dim,
                                            .kv_type = KV_FP32,
                                            .max_seq_len = o->max_tokens};
+    p->all_exact = all_exact(c, o->max_tokens);
     p->rope = o->rope;
     p->team = o->team;
     p->rows = backward_kernels();
@@ -155,9 +172,18 @@ enum err pupil_new(struct pupil **out, const struct pupil_options *o) {
     p->back = calloc((size_t)team_size(o->team), sizeof(struct attention_back_scratch *));
     bool all = p->block && p->back && gemm_scratch_new(&p->gemm, o->team, o->bf16) == OK &&
                gemm_scratch_new(&p->exact, o->team, false) == OK;
-    for (int i = 0; all && i < team_size(o->team); i++)
-        all = attention_back_scratch_new(&p->back[i], &p->attention, o->max_tokens) == OK;
     if (all) all = take_slot(p);
+    p->kept = o->softmax;
+    if (p->kept) {
+        p->back_exact = calloc((size_t)team_size(o->team), sizeof(struct attention_back_scratch *));
+        p->no_maps = calloc(student_params(&p->all_exact), sizeof *p->no_maps);
+        all = p->back_exact && p->no_maps && all;
+    }
+    for (int i = 0; all && i < team_size(o->team); i++) {
+        all = attention_back_scratch_new(&p->back[i], &p->attention, o->max_tokens) == OK;
+        if (all && p->kept)
+            all = attention_back_scratch_new(&p->back_exact[i], &p->all_exact, o->max_tokens) == OK;
+    }
     if (!all) {
         pupil_free(p);
         return ERR_NOMEM;
@@ -174,7 +200,11 @@ void pupil_free(struct pupil *p) {
     if (!p) return;
     for (int i = 0; p->back && i < team_size(p->team); i++)
         attention_back_scratch_free(p->back[i]);
+    for (int i = 0; p->back_exact && i < team_size(p->team); i++)
+        attention_back_scratch_free(p->back_exact[i]);
     free(p->back);
+    free(p->back_exact);
+    free(p->no_maps);
     gemm_scratch_free(p->gemm);
     gemm_scratch_free(p->exact);
     memory_unmap(p->slot, p->slot_bytes);

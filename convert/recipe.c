@@ -229,9 +229,6 @@ enum err recipe_from_settings(struct recipe *out, const struct settings *s,
     r.join_documents = s->join_documents;
     set_finetune(&r, s);
     enum err e = set_lengths(&r, s, base, msg, msg_len);
-    if (!e && r.n_softmax_layers && r.finetune.method != FINETUNE_NONE)
-        e = err_set(msg, msg_len, ERR_ARG,
-                    "fine-tuning with --softmax-layers is not in the program yet: give --finetune none");
     if (!e) *out = r;
     return e;
 }

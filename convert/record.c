@@ -133,21 +133,22 @@ static enum err write_tensors(const struct run *run, char *msg, size_t msg_len) 
     if (!tensors) return err_set(msg, msg_len, ERR_NOMEM, "out of memory");
     n = 0;
     for (int i = 0; i < t->n_layers; i++) {
-        if (recipe_keeps_softmax(&run->recipe, i)) continue;
         const float *w = layer_maps(run, i);
         struct tensor_out *out = tensors + n;
-        out[0] = (struct tensor_out){
-            .n_dims = 3, .dims = {a->n_heads, a->head_dim, a->features}, .values = w};
-        out[1] = (struct tensor_out){.n_dims = 3,
-                                     .dims = {states, a->head_dim, a->features},
-                                     .values = w + student_map_k(a)};
-        out[2] =
-            (struct tensor_out){.n_dims = 1, .dims = {a->n_heads}, .values = w + student_mix(a)};
+        const struct tensor_out maps[] = {
+            {.n_dims = 3, .dims = {a->n_heads, a->head_dim, a->features}, .values = w},
+            {.n_dims = 3,
+             .dims = {states, a->head_dim, a->features},
+             .values = w + student_map_k(a)},
+            {.n_dims = 1, .dims = {a->n_heads}, .values = w + student_mix(a)}};
         const char *parts[] = {"feature_map_q", "feature_map_k",
                                a->mixing == MIXING_UNIFIED ? "log_mix" : "window_factor"};
-        for (int k = 0; k < 3; k++)
+        int n_maps = recipe_keeps_softmax(&run->recipe, i) ? 0 : 3;
+        for (int k = 0; k < n_maps; k++) {
+            out[k] = maps[k];
             snprintf(out[k].name, sizeof out[k].name, "layers.%d.attn.%s", i, parts[k]);
-        n += 3;
+        }
+        n += n_maps;
         for (int target = 0; f && target < N_LOW_RANK_TARGETS; target++, n += 2) {
             struct low_rank_part p =
                 low_rank_part(&f->base->config, rank, (enum low_rank_target)target);

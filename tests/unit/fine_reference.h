@@ -15,6 +15,7 @@
 struct fine_reference {
     const struct network *shape;              /* where parts lie among values */
     const struct attention_config *attention; /* NULL: softmax */
+    const bool *softmax;                      /* [n_layers] that keep it, or NULL */
     double *values, *maps, *low;              /* low NULL: none */
     int rank;
     double scale, rope_base, rope_factor; /* rope_base 0: none */
@@ -92,7 +93,7 @@ enum { REF_D = 16, REF_F = 64, REF_T = 64 };
 static inline void ref_attend(const struct fine_reference *r, int layer, int h, const double *qkv,
                               int n_tokens, const int64_t *sets, double *y) {
     const struct base_config *b = &r->shape->config;
-    const struct attention_config *c = r->attention;
+    const struct attention_config *c = r->softmax && r->softmax[layer] ? NULL : r->attention;
     int D = b->head_dim, H = b->n_heads, g = h / (H / b->n_kv_heads),
         row = (H + 2 * b->n_kv_heads) * D;
     int w = c ? c->window_size : 0, size = c ? c->cache_size : 0, f = c ? c->features : 0;

@@ -1,6 +1,7 @@
 /* test_finetune.c - fine-tuning from the command line's words to a folder that serves. */
 #include "checkpoints.h"
 #include "convert_testing.h"
+#include "model/safetensors.h"
 
 #define TRAIN_TEXT "tests/data/text/tinystories-train-head.txt"
 #define BASE_CONVERT                                                                               \
@@ -60,6 +61,33 @@ static void test_every_method_and_loss_gets_better_at_its_own_text(void **state)
             read_both(in(out), TEXT, 600, scores);
             assert_true(score_perplexity(&scores[1]) < 1.2 * score_perplexity(&scores[0]));
         }
+}
+
+/* Layers that keep softmax take part: what is written is served, and is nearer to the base than
+ * without fine-tuning. */
+static void test_layers_that_keep_softmax_are_fine_tuned_too(void **state) {
+    (void)state;
+    static const char *const methods[] = {"low-rank", "full"};
+    for (int m = 0; m < 2; m++) {
+        char record[60];
+        snprintf(record, sizeof record, "%s/conversion.json", methods[m]);
+        CONVERTED(SHORT, "--out", in(methods[m]), "--softmax-layers", "0,3", "--finetune",
+                  methods[m], "--finetune-steps", "8", "--finetune-products", "fp32",
+                  "--finetune-lr", m ? "0.0001" : "0.003");
+        double before = number_of(in(record), "finetune", "loss_before"),
+               after = number_of(in(record), "finetune", "loss_after");
+        if (!(after < before)) fail_msg("%s: loss %.5f, then %.5f", methods[m], before, after);
+        struct score scores[2];
+        read_both(in(methods[m]), TEXT, 600, scores);
+        assert_true(score_perplexity(&scores[1]) < 1.2 * score_perplexity(&scores[0]));
+    }
+    struct safetensors *t;
+    assert_int_equal(safetensors_open(&t, in("low-rank/hedgehog.safetensors"), said, sizeof said),
+                     OK);
+    assert_int_equal(safetensors_count(t), 3 * 3 + 5 * 8);
+    assert_non_null(safetensors_get(t, "layers.3.attn.v_proj.lora_B"));
+    assert_null(safetensors_get(t, "layers.3.attn.log_mix"));
+    safetensors_close(t);
 }
 
 static void test_any_number_of_threads_makes_the_same_bytes(void **state) {
@@ -162,6 +190,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         IN_FOLDER(test_both_stages_bring_a_model_within_two_percent_of_its_base),
         IN_FOLDER(test_every_method_and_loss_gets_better_at_its_own_text),
+        IN_FOLDER(test_layers_that_keep_softmax_are_fine_tuned_too),
         IN_FOLDER(test_any_number_of_threads_makes_the_same_bytes),
         IN_FOLDER(test_an_interruption_in_either_stage_goes_on_to_the_same_bytes),
         IN_FOLDER(test_a_checkpoint_of_fine_tuning_is_refused_when_damaged_or_anothers),

@@ -55,8 +55,8 @@ struct rig {
     struct pupil_gradients grads;
 };
 
-static void rig_new(struct rig *r, const char *type, struct attention_config a, bool low_rank,
-                    bool full) {
+static void rig_new(struct rig *r, const char *type, struct attention_config a, const bool *softmax,
+                    bool low_rank, bool full) {
     char msg[300] = "";
     *r = (struct rig){.attention = a};
     check_write(folder, type);
@@ -110,6 +110,7 @@ static void rig_new(struct rig *r, const char *type, struct attention_config a, 
                                         .low_rank = low_rank ? r->dlow : NULL};
     struct pupil_options o = {.base = r->teacher,
                               .attention = &r->attention,
+                              .softmax = softmax,
                               .rope = r->rope,
                               .team = team,
                               .max_tokens = T + 2,
@@ -167,10 +168,10 @@ static void check_part(const char *what, struct fine_reference *ref, const doubl
     free(was);
 }
 
-static void check_weighed(const char *type, struct attention_config a, enum fine_loss loss,
-                          bool low_rank, bool full, float *weight) {
+static void check_whole(const char *type, struct attention_config a, enum fine_loss loss,
+                        bool low_rank, bool full, float *weight, const bool *softmax) {
     struct rig r;
-    rig_new(&r, type, a, low_rank, full);
+    rig_new(&r, type, a, softmax, low_rank, full);
     r.pack.weight = weight;
     const struct base_config *c = base_config(r.base);
     struct fine_sums sums = {0};
@@ -197,6 +198,7 @@ static void check_weighed(const char *type, struct attention_config a, enum fine
     ref.values = teacher;
     double *base = loss == FINE_DISTILL ? ref_logits(&ref) : NULL;
     ref.attention = &r.attention;
+    ref.softmax = softmax;
     ref.sets = sets;
     ref.values = doubles(r.weights.network->values, r.teacher->n_values);
     ref.maps = doubles(r.maps, r.n_maps);
@@ -209,10 +211,15 @@ static void check_weighed(const char *type, struct attention_config a, enum fine
            per = student_params(&r.attention);
     for (int i = 0; i < c->n_layers; i++) {
         size_t at = (size_t)i * per;
-        check_part("feature_map_q", &ref, base, ref.maps + at, r.dmaps + at, map_k);
-        check_part("feature_map_k", &ref, base, ref.maps + at + map_k, r.dmaps + at + map_k,
-                   mix - map_k);
-        if (a.window != WINDOW_NONE)
+        bool kept = softmax && softmax[i];
+        for (size_t k = at; kept && k < at + per; k++)
+            assert_true(r.dmaps[k] == 0);
+        if (!kept) {
+            check_part("feature_map_q", &ref, base, ref.maps + at, r.dmaps + at, map_k);
+            check_part("feature_map_k", &ref, base, ref.maps + at + map_k, r.dmaps + at + map_k,
+                       mix - map_k);
+        }
+        if (!kept && a.window != WINDOW_NONE)
             check_part("mix", &ref, base, ref.maps + at + mix, r.dmaps + at + mix, per - mix);
         for (int t = 0; low_rank && t < N_LOW_RANK_TARGETS; t++) {
             struct low_rank_part p = low_rank_part(c, RANK, (enum low_rank_target)t);
@@ -242,7 +249,7 @@ static void check_weighed(const char *type, struct attention_config a, enum fine
 
 static void check(const char *type, struct attention_config a, enum fine_loss loss, bool low_rank,
                   bool full) {
-    check_weighed(type, a, loss, low_rank, full, NULL);
+    check_whole(type, a, loss, low_rank, full, NULL, NULL);
 }
 
 static struct attention_config
@@ -314,13 +321,21 @@ static void test_gradients_of_other_windows_are_those_of_the_definition(void **s
     check("llama", a, FINE_NEXT_TOKEN, true, false);
 }
 
+static void test_gradients_beside_softmax_layers_are_those_of_the_definition(void **state) {
+    (void)state;
+    static const bool first[CHECK_L] = {true, false}, last[CHECK_L] = {false, true};
+    check_whole("llama", terraced(), FINE_DISTILL, true, true, NULL, first);
+    check_whole("qwen2", terraced(), FINE_NEXT_TOKEN, true, false, NULL, last);
+    check_whole("gpt2", terraced(), FINE_DISTILL, false, true, NULL, last);
+}
+
 static void test_gradients_with_answers_are_those_of_the_weighted_mean(void **state) {
     (void)state;
     float weight[T] = {0};
     weight[9] = weight[10] = weight[30] = weight[T - 1] = 1;
-    check_weighed("llama", terraced(), FINE_DISTILL, true, false, weight);
+    check_whole("llama", terraced(), FINE_DISTILL, true, false, weight, NULL);
     weight[SECOND] = 1; /* which no row predicts */
-    check_weighed("gpt2", terraced(), FINE_NEXT_TOKEN, true, true, weight);
+    check_whole("gpt2", terraced(), FINE_NEXT_TOKEN, true, true, weight, NULL);
 }
 
 /* A weight beside which the others vanish leaves the loss of one row, and the mean of those of all
@@ -329,7 +344,7 @@ static void test_a_heavy_row_has_the_loss_to_itself(void **state) {
     (void)state;
     for (enum fine_loss loss = FINE_DISTILL; loss <= FINE_NEXT_TOKEN; loss++) {
         struct rig r;
-        rig_new(&r, "llama", terraced(), true, false);
+        rig_new(&r, "llama", terraced(), NULL, true, false);
         float weight[T];
         double sum = 0, lowest = INFINITY, highest = 0;
         struct fine_sums plain = {0}, light = {0}, last = {0};
@@ -414,10 +429,13 @@ static void compare(const char *path, int64_t horizon, int n, bool converted) {
         w.scale = c->scale;
         for (int i = 0; i < config->n_layers; i++) {
             float *to = maps + (size_t)i * per;
-            memcpy(to, c->layers[i].map_q, student_map_k(&a) * sizeof *to);
-            memcpy(to + student_map_k(&a), c->layers[i].map_k,
-                   (student_mix(&a) - student_map_k(&a)) * sizeof *to);
-            memcpy(to + student_mix(&a), c->layers[i].mix, (per - student_mix(&a)) * sizeof *to);
+            if (!info->softmax_layers || !info->softmax_layers[i]) {
+                memcpy(to, c->layers[i].map_q, student_map_k(&a) * sizeof *to);
+                memcpy(to + student_map_k(&a), c->layers[i].map_k,
+                       (student_mix(&a) - student_map_k(&a)) * sizeof *to);
+                memcpy(to + student_mix(&a), c->layers[i].mix,
+                       (per - student_mix(&a)) * sizeof *to);
+            }
             for (int t = 0; t < N_LOW_RANK_TARGETS; t++) {
                 struct low_rank_part p = low_rank_part(config, c->rank, (enum low_rank_target)t);
                 float *at = low + (size_t)i * low_per;
@@ -437,6 +455,7 @@ static void compare(const char *path, int64_t horizon, int n, bool converted) {
     }
     struct pupil_options options = {.base = network,
                                     .attention = &a,
+                                    .softmax = info->softmax_layers,
                                     .rope = model_rope(m),
                                     .team = team,
                                     .max_tokens = n,
@@ -473,10 +492,43 @@ static void compare(const char *path, int64_t horizon, int n, bool converted) {
     model_close(m);
 }
 
+/* The tiny model with that layer softmax; tiny_write's otherwise. */
+static void without_maps(int kept) {
+    enum { E = TINY_HIDDEN, D = TINY_HEAD_DIM, f = 8, Q = TINY_HEADS * D, RANK_2 = 2 };
+    char path[PATH_MAX], text[1200];
+    snprintf(text, sizeof text,
+             "{\"format\":1,\"name\":\"tiny\",\"base\":null,\"low_rank\":%s,\"attention\":%.*s,"
+             "\"softmax_layers\":[%d]}}",
+             TINY_LOW_RANK, (int)strlen(TINY_ATTENTION) - 1, TINY_ATTENTION, kept);
+    tiny_path(path, folder, "urchin.json"), write_text(path, text);
+    struct st_writer w = {0};
+    for (int i = 0; i < TINY_LAYERS; i++) {
+        uint32_t seed = 7 + (uint32_t)i;
+        const struct {
+            const char *name;
+            int n_dims, dims[3];
+        } parts[] = {{"attn.feature_map_q", 3, {TINY_HEADS, D, f}},
+                     {"attn.feature_map_k", 3, {TINY_KV_HEADS, D, f}},
+                     {"attn.log_mix", 1, {TINY_HEADS}},
+                     {"attn.q_proj.lora_A", 2, {RANK_2, E}},
+                     {"attn.q_proj.lora_B", 2, {Q, RANK_2}},
+                     {"attn.o_proj.lora_A", 2, {RANK_2, Q}},
+                     {"attn.o_proj.lora_B", 2, {E, RANK_2}}};
+        for (size_t k = i == kept ? 3 : 0; k < sizeof parts / sizeof *parts; k++)
+            tiny_put(&w, "layers.", i, parts[k].name, parts[k].n_dims, parts[k].dims, 0.4f, &seed);
+    }
+    struct bytes b = st_finish(&w);
+    tiny_path(path, folder, "hedgehog.safetensors"), write_bytes(path, b.at, b.len), free(b.at);
+}
+
 static void test_the_pass_reads_as_the_engine_serves(void **state) {
     (void)state;
     tiny_write(folder); /* map_position none, cache, horizon, clamped keys */
     compare(folder, -1, 300, true);
+    for (int kept = 0; kept < TINY_LAYERS; kept++) {
+        without_maps(kept);
+        compare(folder, -1, 300, true);
+    }
     compare("models/stories260k-hedgehog", 40, 300, true); /* maps after RoPE */
     compare("models/stories260k-hedgehog", -1, 300, true);
     compare("tests/data/models/stories260k", -1, 200, false); /* the teacher */
@@ -492,6 +544,7 @@ int main(void) {
         IN_FOLDER(test_gradients_of_all_weights_are_those_of_the_definition),
         IN_FOLDER(test_gradients_of_lolcats_mixing_are_those_of_the_definition),
         IN_FOLDER(test_gradients_of_other_windows_are_those_of_the_definition),
+        IN_FOLDER(test_gradients_beside_softmax_layers_are_those_of_the_definition),
         IN_FOLDER(test_gradients_with_answers_are_those_of_the_weighted_mean),
         IN_FOLDER(test_a_heavy_row_has_the_loss_to_itself),
     };
