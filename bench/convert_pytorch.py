@@ -26,7 +26,7 @@ import venv
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORK = ROOT / "build/bench/convert_pytorch"
-FLAGS = ["--long-every", "0", "--length", "1024", "--rows", "80"]
+FLAGS = ["--finetune", "none", "--long-every", "0", "--length", "1024", "--rows", "80"]
 
 
 def arguments():

@@ -238,8 +238,9 @@ static void test_every_architecture_from_either_container_keeps_its_bits(void **
             snprintf(out, sizeof out, "%s-%d", base, gguf);
             snprintf(merged, sizeof merged, "%s-whole/", out);
             if (!is_there(base)) mkdir(base, 0700), check_write(base, types[t]);
-            CONVERTED(gguf ? file : base, "--text", in("letters.txt"), "--out", out, "--steps", "2",
-                      "--window-size", "8", "--cache-size", "8", "--rows", "11");
+            CONVERTED(gguf ? file : base, "--text", in("letters.txt"), "--out", out, "--finetune",
+                      "none", "--steps", "2", "--window-size", "8", "--cache-size", "8", "--rows",
+                      "11");
             give_low_rank(out, CHECK_E, CHECK_HEADS * CHECK_D,
                           t == 2 ? CHECK_E : CHECK_KV * CHECK_D);
             CONVERTED("--merge", out, "--out", merged);
@@ -308,7 +309,8 @@ static void test_transformers_reads_the_folder_to_the_same_tokens(void **state) 
         if (!stories) mkdir(base, 0700), check_write(base, types[t]);
         CONVERTED(stories ? "tests/data/models/stories260k" : file, "--text",
                   stories ? "tests/data/text/tinystories-valid-head.txt" : in("letters.txt"),
-                  "--out", out, "--steps", "0", "--window-size", "8", "--cache-size", "0");
+                  "--out", out, "--finetune", "none", "--steps", "0", "--window-size", "8",
+                  "--cache-size", "0");
         CONVERTED("--merge", out, "--out", merged);
         tiny_path(file, merged, "urchin.json");
         unlink(file); /* the base part alone: softmax */
