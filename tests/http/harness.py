@@ -181,6 +181,14 @@ class Server:
         assert found, f"no metric {name}"
         return sum(float(v) for v in found)
 
+    def settled(self, name):
+        """A metric once it has stood still: an answer can arrive before the step that ended it is counted."""
+        value = None
+        while value != (now := self.metric(name)):
+            value = now
+            time.sleep(0.1 * PATIENCE)
+        return value
+
     def until(self, what, seconds=5):
         """Waits until what() is true; returns how long that took."""
         start = time.monotonic()

@@ -432,7 +432,7 @@ def test_many_requests_on_one_connection(s):
 
 
 def test_metrics_are_well_formed_and_count(s):
-    before = s.metric("generation_tokens_total")
+    before = s.settled("generation_tokens_total")
     s.complete(max_tokens=7, ignore_eos=True)
     s.until(lambda: s.metric("generation_tokens_total") == before + 7)
     r = s.get("/metrics")
