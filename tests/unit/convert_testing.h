@@ -89,11 +89,13 @@ static struct bytes contents(const char *path) {
     if (!file) fail_msg("%s is not there", path);
     for (size_t n; (n = fread(block, 1, sizeof block, file)) > 0;)
         put(&b, block, n);
+    put(&b, "", 1); /* also a string */
+    b.len--;
     fclose(file);
     return b;
 }
 
-static void assert_same_file(const char *a, const char *b) {
+static inline void assert_same_file(const char *a, const char *b) {
     struct bytes x = contents(a), y = contents(b);
     assert_int_equal(x.len, y.len);
     assert_memory_equal(x.at, y.at, x.len);

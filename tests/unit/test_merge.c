@@ -1,100 +1,19 @@
 /* test_merge.c - `urchin convert --merge`: one folder that gives what adapter and base gave, and
  * tokenizers that go from GGUF to tokenizer.json with all their ids. */
 #include "checkpoints.h"
-#include "convert/convert.h"
 #include "convert/tokenizer_files.h"
+#include "convert_testing.h"
 #include "model/converted.h"
 #include "model/model.h"
 
 #include <cjson/cJSON.h>
 #include <dirent.h>
-#include <fcntl.h>
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <sys/resource.h>
-
-#include <cmocka.h>
 
 #define VOCABS "tests/data/tokenizers/"
 
-static struct team *team;
-static char folder[64], said[4096];
-
-static const char *in(const char *name) {
-    static char paths[8][PATH_MAX];
-    static int turn;
-    char *path = paths[turn++ % 8];
-    snprintf(path, PATH_MAX, "%s/%s", folder, name);
-    return path;
-}
-
-static int new_folder(void **state) {
-    (void)state;
-    strcpy(folder, "/tmp/urchin-merge-XXXXXX");
-    return mkdtemp(folder) ? 0 : -1;
-}
-static int remove_folder(void **state) {
-    char command[128];
-    (void)state;
-    snprintf(command, sizeof command, "rm -r %s", folder);
-    return system(command);
-}
-
-/* Runs the command; what it writes to stderr lands in `said`, what to stdout nowhere. */
-static int convert(const char *const *args) {
-    struct settings s;
-    bool help;
-    int n = 0;
-    while (args[n])
-        n++;
-    if (settings_load(&s, n, (char **)args, &help, said, sizeof said)) fail_msg("%s", said);
-    fflush(stderr);
-    fflush(stdout);
-    int err = dup(2), out = dup(1), file = open(in("said"), O_RDWR | O_CREAT | O_TRUNC, 0600),
-        null = open("/dev/null", O_WRONLY);
-    dup2(file, 2);
-    dup2(null, 1);
-    int status = convert_main(&s, team);
-    fflush(stderr);
-    fflush(stdout);
-    dup2(err, 2);
-    dup2(out, 1);
-    ssize_t len = pread(file, said, sizeof said - 1, 0);
-    said[len > 0 ? len : 0] = 0;
-    close(err), close(out), close(file), close(null);
-    settings_free(&s);
-    return status;
-}
-#define CONVERT(...) convert((const char *const[]){"convert", __VA_ARGS__, NULL})
-#define CONVERTED(...)                                                                             \
-    do {                                                                                           \
-        if (CONVERT(__VA_ARGS__)) fail_msg("%s", said);                                            \
-    } while (0)
-#define REFUSED(says, ...)                                                                         \
-    do {                                                                                           \
-        assert_int_equal(CONVERT(__VA_ARGS__), 1);                                                 \
-        if (!strstr(said, says)) fail_msg("'%s' does not say '%s'", said, says);                   \
-    } while (0)
-
-static bool is_there(const char *path) {
-    return access(path, F_OK) == 0;
-}
-
-static struct bytes contents(const char *path) {
-    struct bytes b = {0};
-    char block[4096];
-    FILE *file = fopen(path, "rb");
-    if (!file) fail_msg("%s is not there", path);
-    for (size_t n; (n = fread(block, 1, sizeof block, file)) > 0;)
-        put(&b, block, n);
-    put(&b, "", 1);
-    b.len--;
-    fclose(file);
-    return b;
-}
-
-static struct model *open_model(const char *path) {
+static struct model *open_in_bf16(const char *path) {
     struct model_options o;
     model_options_init(&o);
     o.path = path;
@@ -165,7 +84,7 @@ static void assert_same_words(const struct model *a, const struct model *b) {
 /* No rounding to allow for: a merged matrix is W + scale B A in fp32, rounded to bf16, which is
  * what --weights bf16 does when it loads the adapter. */
 static void assert_one_model(const char *adapter, const char *merged, int n_ids, int n_chunks) {
-    struct model *a = open_model(adapter), *b = open_model(merged);
+    struct model *a = open_in_bf16(adapter), *b = open_in_bf16(merged);
     assert_same_words(a, b);
     assert_same_logits(a, b, n_ids, n_chunks);
     assert_null(model_info(b)->base_path);
@@ -238,12 +157,12 @@ static void test_every_architecture_from_either_container_keeps_its_bits(void **
             snprintf(out, sizeof out, "%s-%d", base, gguf);
             snprintf(merged, sizeof merged, "%s-whole/", out);
             if (!is_there(base)) mkdir(base, 0700), check_write(base, types[t]);
-            CONVERTED(gguf ? file : base, "--text", in("letters.txt"), "--out", out, "--finetune",
-                      "none", "--steps", "2", "--window-size", "8", "--cache-size", "8", "--rows",
-                      "11");
+            CONVERTED("convert", gguf ? file : base, "--text", in("letters.txt"), "--out", out,
+                      "--finetune", "none", "--steps", "2", "--window-size", "8", "--cache-size",
+                      "8", "--rows", "11");
             give_low_rank(out, CHECK_E, CHECK_HEADS * CHECK_D,
                           t == 2 ? CHECK_E : CHECK_KV * CHECK_D);
-            CONVERTED("--merge", out, "--out", merged);
+            CONVERTED("convert", "--merge", out, "--out", merged);
             assert_one_model(out, merged, 26, t == 2 ? 3 : 20);
 
             char config[180];
@@ -260,12 +179,13 @@ static void test_a_whole_folder_with_low_rank_parts_is_merged_too(void **state) 
     (void)state;
     mkdir(in("tiny"), 0700);
     tiny_write(in("tiny"));
-    CONVERTED("--merge", in("tiny"), "--out", in("whole"), "--name", "other");
+    CONVERTED("convert", "--merge", in("tiny"), "--out", in("whole"), "--name", "other");
     assert_one_model(in("tiny"), in("whole"), 512, 20);
-    struct model *m = open_model(in("whole"));
+    struct model *m = open_in_bf16(in("whole"));
     assert_string_equal(model_info(m)->name, "other");
     model_close(m);
-    CONVERTED("--merge", in("whole"), "--out", in("again")); /* nothing left to do, nor changed */
+    CONVERTED("convert", "--merge", in("whole"), "--out",
+              in("again")); /* nothing left to do, nor changed */
     struct bytes a = contents(in("whole/model.safetensors")),
                  b = contents(in("again/model.safetensors"));
     assert_int_equal(a.len, b.len);
@@ -285,7 +205,7 @@ static void test_the_default_model_keeps_its_bits(void **state) {
     converted_close(c);
     free(base);
     if (e) skip(); /* its base is not on this machine */
-    CONVERTED("--merge", model, "--out", in("whole"));
+    CONVERTED("convert", "--merge", model, "--out", in("whole"));
     assert_one_model(model, in("whole"), 49152, 2);
 }
 
@@ -307,11 +227,11 @@ static void test_transformers_reads_the_folder_to_the_same_tokens(void **state) 
         snprintf(out, sizeof out, "%s-adapter", base);
         snprintf(merged, sizeof merged, "%s-whole", base);
         if (!stories) mkdir(base, 0700), check_write(base, types[t]);
-        CONVERTED(stories ? "tests/data/models/stories260k" : file, "--text",
+        CONVERTED("convert", stories ? "tests/data/models/stories260k" : file, "--text",
                   stories ? "tests/data/text/tinystories-valid-head.txt" : in("letters.txt"),
                   "--out", out, "--finetune", "none", "--steps", "0", "--window-size", "8",
                   "--cache-size", "0");
-        CONVERTED("--merge", out, "--out", merged);
+        CONVERTED("convert", "--merge", out, "--out", merged);
         tiny_path(file, merged, "urchin.json");
         unlink(file); /* the base part alone: softmax */
         struct model_options o;
@@ -498,20 +418,22 @@ static void test_what_cannot_be_merged_is_named_and_leaves_nothing(void **state)
     tiny_write(in("tiny"));
     mkdir(in("full"), 0700);
     write_text(in("full/letter"), "dear");
-    REFUSED("name the converted model", "--merge", "--out", in("out"));
-    REFUSED("--out is missing", "--merge", in("tiny"));
-    REFUSED("leave --text out", "--merge", in("tiny"), "--out", in("out"), "--text", "x");
-    REFUSED("no converted model", "--merge", "tests/data/models/stories260k", "--out", in("out"));
-    REFUSED("not empty", "--merge", in("tiny"), "--out", in("full"));
-    REFUSED("is no folder", "--merge", in("tiny"), "--out", in("full/letter"));
-    REFUSED("no adapter", "--merge", in("tiny"), "--out", in("out"), "--base", "x");
-    REFUSED("cannot make", "--merge", in("tiny"), "--out", in("no/out"));
+    REFUSED("name the converted model", "convert", "--merge", "--out", in("out"));
+    REFUSED("--out is missing", "convert", "--merge", in("tiny"));
+    REFUSED("leave --text out", "convert", "--merge", in("tiny"), "--out", in("out"), "--text",
+            "x");
+    REFUSED("no converted model", "convert", "--merge", "tests/data/models/stories260k", "--out",
+            in("out"));
+    REFUSED("not empty", "convert", "--merge", in("tiny"), "--out", in("full"));
+    REFUSED("is no folder", "convert", "--merge", in("tiny"), "--out", in("full/letter"));
+    REFUSED("no adapter", "convert", "--merge", in("tiny"), "--out", in("out"), "--base", "x");
+    REFUSED("cannot make", "convert", "--merge", in("tiny"), "--out", in("no/out"));
     mkdir(in("out.new"), 0700);
-    REFUSED("remove it", "--merge", in("tiny"), "--out", in("out"));
+    REFUSED("remove it", "convert", "--merge", in("tiny"), "--out", in("out"));
     assert_int_equal(rmdir(in("out.new")), 0);
     assert_false(is_there(in("out")));
     mkdir(in("out"), 0700); /* an empty folder is as good as none */
-    CONVERTED("--merge", in("tiny"), "--out", in("out"));
+    CONVERTED("convert", "--merge", in("tiny"), "--out", in("out"));
     assert_true(is_there(in("out/urchin.json")));
 }
 
@@ -527,7 +449,7 @@ static void test_a_full_disk_is_a_sentence_and_leaves_nothing(void **state) {
     for (int i = 0; i < 4; i++) {
         little = (struct rlimit){sizes[i], was.rlim_max};
         assert_int_equal(setrlimit(RLIMIT_FSIZE, &little), 0);
-        int status = CONVERT("--merge", in("tiny"), "--out", in("out"));
+        int status = CONVERT("convert", "--merge", in("tiny"), "--out", in("out"));
         assert_int_equal(setrlimit(RLIMIT_FSIZE, &was), 0);
         assert_int_equal(status, 1);
         if (i && !strstr(said, "cannot write")) fail_msg("%s", said); /* 100: said is cut too */
