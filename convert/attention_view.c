@@ -2,22 +2,13 @@
 #include "convert/attention_view.h"
 
 #include "compute/memory.h"
+#include "convert/carve.h"
 #include "convert/student.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 enum { CHUNK = 64 }; /* rows, where the window is not terraced */
-
-struct carve { /* lays arrays into a block; at NULL only counts */
-    float *at;
-    size_t n;
-};
-static float *cut(struct carve *c, size_t n) {
-    float *here = c->at ? c->at + c->n : NULL;
-    c->n += (n + 15) / 16 * 16;
-    return here;
-}
 
 int view_chunk_rows(const struct attention_config *c) {
     return c->window == WINDOW_TERRACED ? c->window_size : CHUNK;

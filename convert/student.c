@@ -8,6 +8,7 @@
 #include "attention/kernels.h"
 #include "compute/cpu.h"
 #include "compute/memory.h"
+#include "convert/carve.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -69,16 +70,6 @@ struct student_scratch {
     float *p, *s, *a, *ev;                       /* [GROUP][columns] */
     float *y, *y_teacher, *sinks;                /* [GROUP][lanes] twice, [GROUP][sinks] */
 };
-
-struct carve { /* lays arrays into a block; at NULL only counts */
-    float *at;
-    size_t n;
-};
-static float *cut(struct carve *c, size_t n) {
-    float *here = c->at ? c->at + c->n : NULL;
-    c->n += (n + 15) / 16 * 16;
-    return here;
-}
 
 static size_t lay_out(struct student_scratch *s, const struct attention_config *c, int max_tokens,
                       int max_rows, float *block) {
