@@ -71,12 +71,6 @@ static enum err take_recipe(struct conversion *c) {
     enum err e = base_open(&base, c->settings->model, c->msg, c->msg_len);
     if (e) return e;
     e = recipe_from_settings(r, c->settings, base_config(base), c->msg, c->msg_len);
-    if (!e && r->finetune.method == FINETUNE_FULL && !folder_is(c->settings->model))
-        e = FAIL(c, ERR_ARG,
-                 "--finetune full needs a base that is a Hugging Face folder, for its config.json "
-                 "and tokenizer go with the "
-                 "new weights; take --finetune low-rank for %s",
-                 c->settings->model);
     bool any_long = r->long_every > 0;
     c->max_tokens = any_long && r->long_length > r->length ? r->long_length : r->length;
     c->max_rows = any_long && r->long_rows > r->rows ? r->long_rows : r->rows;
@@ -458,6 +452,7 @@ static enum err convert(struct conversion *c) {
     if (!e) e = check_memory(c);
     if (!e) e = take_room(c);
     if (!e) e = folder_make(c->folder, c->msg, c->msg_len);
+    if (!e) e = record_words(&c->run, c->settings->model, c->msg, c->msg_len);
     bool found = false;
     if (!e) e = checkpoint_load(&c->run, &found, c->msg, c->msg_len);
     if (e) return e;

@@ -342,7 +342,7 @@ static enum err write_small(struct merge *m) {
     static const char *const of_model[] = {"conversion.json", "conversion.html", "quality.json",
                                            "quality.html", NULL};
     const struct gguf *g = base_gguf(m->base);
-    enum err e = merge_config_write(m->base, m->aside, m->msg, m->msg_len);
+    enum err e = merge_config_write(m->base, "bfloat16", m->aside, m->msg, m->msg_len);
     if (!e && g) {
         e = tokenizer_files_write(g, m->aside, m->msg, m->msg_len);
         if (e) {

@@ -40,13 +40,13 @@ static void add(cJSON *o, const char *key, double x) {
 }
 
 /* ---- a folder's ---- */
-static enum err edit_config(const struct base *base, const char *folder, char *msg,
-                            size_t msg_len) {
+static enum err edit_config(const struct base *base, const char *dtype, const char *folder,
+                            char *msg, size_t msg_len) {
     cJSON *config = NULL;
     enum err e = load(&config, base_path(base), "config.json", msg, msg_len);
     if (e) return e;
     bool new_word = cJSON_HasObjectItem(config, "dtype"); /* since transformers 5 */
-    put(config, new_word ? "dtype" : "torch_dtype", cJSON_CreateString("bfloat16"));
+    put(config, new_word ? "dtype" : "torch_dtype", cJSON_CreateString(dtype));
     e = file_replace_json(folder, "config.json", config, msg, msg_len);
     cJSON_Delete(config);
     return e;
@@ -163,8 +163,8 @@ static enum err add_ends(const struct base *base, cJSON *config, cJSON *generati
     return OK;
 }
 
-static enum err make_config(const struct base *base, const char *folder, char *msg,
-                            size_t msg_len) {
+static enum err make_config(const struct base *base, const char *dtype, const char *folder,
+                            char *msg, size_t msg_len) {
     const struct base_config *c = base_config(base);
     cJSON *config = cJSON_CreateObject(), *generation = cJSON_CreateObject();
     enum err e = OK;
@@ -174,7 +174,7 @@ static enum err make_config(const struct base *base, const char *folder, char *m
         e = make_llama(base, config, msg, msg_len);
     add(config, "vocab_size", c->vocab_size);
     cJSON_AddBoolToObject(config, "tie_word_embeddings", c->tied);
-    cJSON_AddStringToObject(config, "torch_dtype", "bfloat16");
+    cJSON_AddStringToObject(config, "torch_dtype", dtype);
     if (!e) e = add_ends(base, config, generation, msg, msg_len);
     if (!e) e = file_replace_json(folder, "config.json", config, msg, msg_len);
     if (!e && cJSON_GetArraySize(generation))
@@ -184,9 +184,9 @@ static enum err make_config(const struct base *base, const char *folder, char *m
     return e;
 }
 
-enum err merge_config_write(const struct base *base, const char *folder, char *msg,
-                            size_t msg_len) {
-    return (base_gguf(base) ? make_config : edit_config)(base, folder, msg, msg_len);
+enum err merge_config_write(const struct base *base, const char *dtype, const char *folder,
+                            char *msg, size_t msg_len) {
+    return (base_gguf(base) ? make_config : edit_config)(base, dtype, folder, msg, msg_len);
 }
 
 /* ---- urchin.json ---- */

@@ -1,6 +1,8 @@
 /* record.c - the converted folder: maps, the two JSON files, links to the base. */
 #include "convert/files.h"
+#include "convert/merge_config.h"
 #include "convert/run.h"
+#include "convert/tokenizer_files.h"
 
 #include "compute/cpu.h"
 #include "config/version.h"
@@ -169,7 +171,20 @@ static enum err write_tensors(const struct run *run, char *msg, size_t msg_len) 
     return e;
 }
 
-/* All weights, under the names and in the shapes that the base's files have them, in fp32. */
+enum err record_words(const struct run *run, const char *base_path, char *msg, size_t msg_len) {
+    struct base *base;
+    char why[512] = "";
+    if (run->recipe.finetune.method != FINETUNE_FULL || folder_is(base_path)) return OK;
+    enum err e = base_open(&base, base_path, msg, msg_len);
+    if (e) return e;
+    e = merge_config_write(base, "float32", run->folder, msg, msg_len);
+    if (!e && (e = tokenizer_files_write(base_gguf(base), run->folder, why, sizeof why)))
+        err_set(msg, msg_len, e, "%s: %s", base_path, why);
+    base_close(base);
+    return e;
+}
+
+/* All weights in fp32, under the names and in the shapes of a Hugging Face folder. */
 static enum err write_network(const struct run *run, const struct base *base, char *msg,
                               size_t msg_len) {
     const struct network *net = run->fine->own;
@@ -184,12 +199,12 @@ static enum err write_network(const struct run *run, const struct base *base, ch
             struct tensor_out *out = &tensors[n++];
             const float *w = network_part(net, (enum base_part)part, i);
             size_t rows = (size_t)t->n_out, columns = (size_t)t->n_in;
-            bool vector = t->st->n_dims == 1;
+            bool vector = t->n_in == 1, transposed = net->config.architecture == BASE_GPT2 &&
+                                                     part >= PART_ATTN_NORM && !vector;
             *out = (struct tensor_out){
                 .n_dims = vector ? 1 : 2, .dims = {t->n_out, t->n_in}, .values = w};
-            if (snprintf(out->name, sizeof out->name, "%s", t->name) >= (int)sizeof out->name)
-                e = err_set(msg, msg_len, ERR_FORMAT, "tensor %s: the name is too long", t->name);
-            if (!t->transposed || vector) continue;
+            base_part_name(base, (enum base_part)part, i, out->name, sizeof out->name);
+            if (!transposed) continue;
             float *y = turned[n - 1] = malloc(rows * columns * sizeof *y);
             if (!y) {
                 e = err_set(msg, msg_len, ERR_NOMEM, "out of memory");
@@ -352,12 +367,15 @@ static cJSON *urchin_json(const struct run *run, const char *name) {
     cJSON *o = cJSON_CreateObject(), *training, *kl;
     cJSON_AddNumberToObject(o, "format", 1);
     cJSON_AddStringToObject(o, "name", name);
-    cJSON_AddItemToObject(
-        o, "base", cJSON_Duplicate(cJSON_GetObjectItemCaseSensitive(run->identity, "base"), true));
+    cJSON *base =
+        cJSON_Duplicate(cJSON_GetObjectItemCaseSensitive(run->identity, "base"), true);
+    bool whole = run->fine && run->fine->own && cJSON_IsObject(base); /* it needs no base */
+    cJSON_AddItemToObject(o, "base", whole ? cJSON_CreateNull() : base);
     cJSON_AddItemToObject(o, "attention", recipe_attention_json(&run->recipe));
     cJSON_AddItemToObject(o, "low_rank", low_rank_json(run));
     training = cJSON_AddObjectToObject(o, "training");
     cJSON_AddStringToObject(training, "urchin", URCHIN_VERSION);
+    if (whole) cJSON_AddItemToObject(training, "base", base);
     static const char *const kept[] = {"base_files", "text", "attention_transfer", "finetune"};
     for (int i = 0; i < 4; i++) {
         const cJSON *part = cJSON_GetObjectItemCaseSensitive(run->identity, kept[i]);
@@ -384,7 +402,7 @@ enum err record_write(const struct run *run, const struct base *base, const char
     cJSON_Delete(conversion);
     if (!e && folder_is(base_path))
         e = each_file(base_path, full ? link_words : link_file, (char *)run->folder, msg, msg_len);
-    else if (!e)
+    else if (!e && !full)
         e = file_link(run->folder, last_part(base_path), base_path, msg, msg_len);
     cJSON *urchin = e ? NULL : urchin_json(run, name);
     if (!e) e = file_replace_json(run->folder, "urchin.json", urchin, msg, msg_len);

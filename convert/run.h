@@ -58,6 +58,10 @@ void checkpoint_remove(const struct run *run);
 enum err record_base(const char *path, const char *name, cJSON **base, cJSON **files, char *msg,
                      size_t msg_len);
 
+/* With all weights trained from a GGUF base: config.json and tokenizer files in Hugging Face's form, before anything is learnt, for
+ * ERR_FORMAT says what of the file they cannot say. */
+enum err record_words(const struct run *run, const char *base_path, char *msg, size_t msg_len);
+
 /* hedgehog.safetensors (and with all weights trained model.safetensors: base is open then), conversion.json, what links to the base, and last urchin.json, which makes
  * the folder a model. */
 enum err record_write(const struct run *run, const struct base *base, const char *base_path, const char *name,

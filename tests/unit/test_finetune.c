@@ -169,13 +169,6 @@ static void test_fine_tuning_that_diverges_stops_and_keeps_what_was_good(void **
 
 static void test_what_does_not_go_together_is_refused(void **state) {
     (void)state;
-    char base[100], file[120];
-    snprintf(base, sizeof base, "%.60s/llama", folder);
-    snprintf(file, sizeof file, "%s/model.gguf", base);
-    mkdir(base, 0700);
-    check_write(base, "llama");
-    REFUSED("Hugging Face folder", "convert", file, "--text", TEXT, "--out", in("out"),
-            "--window-size", "8", "--finetune", "full");
     REFUSED("--memory", BASE_CONVERT, "--out", in("out"), "--memory", "12M", "--finetune", "full",
             "--long-every", "0");
     CONVERTED(SHORT, "--out", in("none"), "--finetune", "none");

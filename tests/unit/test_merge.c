@@ -174,6 +174,36 @@ static void test_every_architecture_from_either_container_keeps_its_bits(void **
         }
 }
 
+/* With all weights trained, at a rate of 0, so that they are still the base's: what is written is
+ * the model that maps alone make of it, in a folder that needs no other file. */
+static void test_all_weights_from_either_container_make_a_whole_folder(void **state) {
+    (void)state;
+    static const char *const types[] = {"llama", "qwen2", "gpt2"};
+    write_letters(in("letters.txt"));
+    for (int t = 0; t < 3; t++)
+        for (int gguf = 0; gguf < 2; gguf++) {
+            char base[80], file[100], maps[120], full[120];
+            snprintf(base, sizeof base, "%.60s/%.10s", folder, types[t]);
+            snprintf(file, sizeof file, "%s/model.gguf", base);
+            snprintf(maps, sizeof maps, "%s-maps-%d", base, gguf);
+            snprintf(full, sizeof full, "%s-full-%d", base, gguf);
+            if (!is_there(base)) mkdir(base, 0700), check_write(base, types[t]);
+            const char *from = gguf ? file : base;
+            CONVERTED("convert", from, "--text", in("letters.txt"), "--out", maps, "--name", "m",
+                      "--steps", "2", "--window-size", "8", "--cache-size", "8", "--rows", "11",
+                      "--finetune", "none");
+            CONVERTED("convert", from, "--text", in("letters.txt"), "--out", full, "--name", "m",
+                      "--steps", "2", "--window-size", "8", "--cache-size", "8", "--rows", "11",
+                      "--finetune", "full", "--finetune-steps", "1", "--finetune-lr", "0",
+                      "--finetune-lr-maps", "0");
+            assert_one_model(maps, full, 26, t == 2 ? 3 : 20);
+            if (!gguf) continue;
+            char path[180];
+            tiny_path(path, full, "model.gguf");
+            assert_false(is_there(path));
+        }
+}
+
 /* The folder that models/ has: no adapter, but low-rank parts of its own (tiny_model.h). */
 static void test_a_whole_folder_with_low_rank_parts_is_merged_too(void **state) {
     (void)state;
@@ -464,6 +494,7 @@ int main(void) {
     if (team_new(&team, 2)) return 1;
     const struct CMUnitTest tests[] = {
         IN_FOLDER(test_every_architecture_from_either_container_keeps_its_bits),
+        IN_FOLDER(test_all_weights_from_either_container_make_a_whole_folder),
         IN_FOLDER(test_a_whole_folder_with_low_rank_parts_is_merged_too),
         IN_FOLDER(test_the_default_model_keeps_its_bits),
         IN_FOLDER(test_transformers_reads_the_folder_to_the_same_tokens),
