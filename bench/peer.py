@@ -6,7 +6,8 @@
 BIN is the folder with llama-bench, llama-batched-bench, llama-server and llama-quantize of a build of llama.cpp (any: it is the user's
 own; the package llama-cpp-python carries its sources).  Peers read the default model's own base, requantised by llama-quantize to
 the format that each row names; Urchin reads its conversion of it.  Both sides take turns, each figure is the median of its turns, and
-llama.cpp's is the better of flash attention on and off.  Prints Markdown."""
+llama.cpp's is the better of flash attention on and off (past depth 8,192, where it takes minutes to get to, the one that was better just before).  Prints
+Markdown."""
 import argparse
 import asyncio
 import json
@@ -57,7 +58,7 @@ class Peers:
     def llama_bench(self, kind, flash, *flags):
         out = subprocess.run([self.o.llama / "llama-bench", "-m", self.file(kind), "-t", str(self.o.threads), "-fa", str(flash),
                               "-r", "3", "-o", "json", *map(str, flags)], check=True, capture_output=True, text=True)
-        return json.loads(out.stdout)
+        return json.loads(out.stdout)[0]["avg_ts"]
 
     def turns(self, *sides):
         """Median of what each side's function gives, called in turn."""
@@ -86,12 +87,17 @@ def heading(what):
 def decode(p):
     heading("Decode, one sequence")
     for weights, kind in [("int8", "Q8_0"), ("int4", "Q4_0"), ("int4", "Q4_1"), ("bf16", "BF16")]:
+        settings = (1, 0)
         for depth in p.o.depths if weights in p.o.formats else []:
             if weights != "int8" and depth > 4096:
                 continue
-            ours, on, off = p.turns(
+            ours, *theirs = p.turns(
                 lambda: p.ours(weights, "--n-prompt", 1, "--n-gen", 64, "--batch", 1, "--depth", depth)[-1]["tokens_per_s"],
-                *(lambda flash=flash: p.llama_bench(kind, flash, "-p", 0, "-n", 64, "-d", depth)[0]["avg_ts"] for flash in (1, 0)))
+                *(lambda flash=flash: p.llama_bench(kind, flash, "-p", 0, "-n", 64, "-d", depth) for flash in settings))
+            theirs = dict(zip(settings, theirs))
+            on, off = theirs.get(1, 0), theirs.get(0, 0)
+            if depth >= 8192:
+                settings = (1,) if on >= off else (0,)
             versus(f"{weights} ({kind}), depth {depth:,}", ours, on, off)
 
 
@@ -101,7 +107,7 @@ def prefill(p):
         for depth in (0, 4096) if weights in p.o.formats else ():
             ours, on, off = p.turns(
                 lambda: p.ours(weights, "--n-prompt", 512, "--n-gen", 1, "--batch", 1, "--depth", depth)[0]["tokens_per_s"],
-                *(lambda flash=flash: p.llama_bench(kind, flash, "-p", 512, "-n", 0, "-d", depth)[0]["avg_ts"] for flash in (1, 0)))
+                *(lambda flash=flash: p.llama_bench(kind, flash, "-p", 512, "-n", 0, "-d", depth) for flash in (1, 0)))
             versus(f"{weights} ({kind}), depth {depth:,}", ours, on, off)
 
 
