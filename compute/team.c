@@ -7,6 +7,8 @@
  * order one of the two always notices, and when nobody sleeps there is no system call. */
 #include "compute/team.h"
 
+#include "compute/nodes.h"
+
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
@@ -25,6 +27,7 @@
 enum {
     SPIN_NS = 50000,        /* longer than the gaps between the matmuls of one step */
     SPIN_CROWDED_NS = 2000, /* more threads than CPUs: whoever waits is in the way of a worker */
+    MOST_CPUS = 8192,
 };
 
 struct worker {
@@ -94,9 +97,23 @@ static uint32_t wait_change(_Atomic uint32_t *word, uint32_t value, _Atomic uint
     return seen;
 }
 
+/* On a machine with several memory nodes a worker stays on one, near to the pages that it wrote.
+ * Which of the node's CPUs is the kernel's to say.  Advice: where it cannot be had all is as before. */
+static void stay_near(const struct worker *self) {
+    cpu_set_t *usable = CPU_ALLOC(MOST_CPUS), *near = CPU_ALLOC(MOST_CPUS);
+    size_t bytes = CPU_ALLOC_SIZE(MOST_CPUS);
+    if (usable && near && !sched_getaffinity(0, bytes, usable) &&
+        nodes_near("/sys/devices/system/node", usable, bytes, self->thread, self->team->n_threads,
+                   near) > 1)
+        sched_setaffinity(0, bytes, near);
+    CPU_FREE(usable);
+    CPU_FREE(near);
+}
+
 static void *work(void *arg) {
     struct worker *self = arg;
     struct team *team = self->team;
+    stay_near(self);
     for (uint32_t seen = 0;;) {
         seen = wait_change(&team->run, seen, &team->sleepers, team->spin_ns);
         if (team->stop) return NULL;

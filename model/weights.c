@@ -1,8 +1,9 @@
 /* weights.c - decoding, merging and packing, shared out over the team in pieces of rows.
  *
  * Every matrix is a list of sources stacked by rows; a piece is at most PIECE_ROWS rows of one
- * matrix. Threads take the next piece until there is none: pieces differ in cost, and who packs one
- * changes nothing. */
+ * matrix.  A thread packs those that matmul() will give it, so that on a machine with several memory
+ * nodes their pages lie on its own (whoever writes a page first owns it); then what others have not
+ * got to, for pieces differ in cost.  Who packs one changes no bit. */
 #include "model/weights.h"
 
 #include <math.h>
@@ -22,7 +23,7 @@ struct job { /* one matrix to be packed */
     const struct low_rank *low_rank[MAX_SOURCES]; /* of rows low_rank_first .. + low_rank_rows */
     int low_rank_first[MAX_SOURCES], low_rank_rows[MAX_SOURCES];
     int n_low_rank;
-    int first_piece; /* number of its first piece among all */
+    int first_piece, n_pieces; /* among all */
 };
 
 struct packing {
@@ -31,7 +32,8 @@ struct packing {
     int rank;
     float scale;
     float *scratch; /* [n_threads][PIECE_ROWS][max_n_in] */
-    atomic_int next;
+    atomic_bool *taken; /* [n_pieces] */
+    atomic_int packed;
     _Atomic(const struct base_tensor *) not_finite; /* the first found */
     void (*progress)(void *arg, const char *what, double fraction);
     void *progress_arg;
@@ -105,24 +107,30 @@ static void merge_low_rank(const struct packing *p, const struct job *job, int f
     }
 }
 
+static void pack_piece(struct packing *p, const struct job *job, int i, int thread) {
+    float *rows = p->scratch + (size_t)thread * PIECE_ROWS * (size_t)p->max_n_in;
+    int first = i * PIECE_ROWS, n = matrix_n_out(job->matrix) - first;
+    if (n > PIECE_ROWS) n = PIECE_ROWS;
+    if (atomic_load(&p->not_finite) || atomic_exchange(&p->taken[job->first_piece + i], true) ||
+        !read_rows(p, job, first, n, rows))
+        return;
+    merge_low_rank(p, job, first, n, rows);
+    matrix_set_rows(job->matrix, first, n, rows);
+    int packed = atomic_fetch_add(&p->packed, 1);
+    if (thread == 0 && p->progress)
+        p->progress(p->progress_arg, "packing weights", (double)packed / p->n_pieces);
+}
+
 static void pack_pieces(void *arg, int thread, int n_threads) {
     struct packing *p = arg;
-    float *rows = p->scratch + (size_t)thread * PIECE_ROWS * (size_t)p->max_n_in;
-    int j = 0, piece;
-    (void)n_threads;
-    while ((piece = atomic_fetch_add(&p->next, 1)) < p->n_pieces && !atomic_load(&p->not_finite)) {
-        while (j + 1 < p->n_jobs && p->jobs[j + 1].first_piece <= piece)
-            j++; /* pieces only ascend */
-        const struct job *job = &p->jobs[j];
-        int first = (piece - job->first_piece) * PIECE_ROWS;
-        int n = matrix_n_out(job->matrix) - first;
-        if (n > PIECE_ROWS) n = PIECE_ROWS;
-        if (!read_rows(p, job, first, n, rows)) return;
-        merge_low_rank(p, job, first, n, rows);
-        matrix_set_rows(job->matrix, first, n, rows);
-        if (thread == 0 && p->progress)
-            p->progress(p->progress_arg, "packing weights", (double)piece / p->n_pieces);
-    }
+    for (int others = 0; others < 2; others++)
+        for (int j = 0; j < p->n_jobs; j++) {
+            const struct job *job = &p->jobs[j];
+            int n = job->n_pieces, first = (int)((int64_t)n * thread / n_threads),
+                end = others ? first + n : (int)((int64_t)n * (thread + 1) / n_threads);
+            for (int i = first; i < end; i++)
+                pack_piece(p, job, i % n, thread);
+        }
 }
 
 /* ---- what is to be packed ---- */
@@ -164,7 +172,8 @@ static enum err add_matrix(struct loader *l, struct matrix **out, enum weight_ty
     job->matrix = *out;
     l->w->bytes += matrix_bytes(*out);
     l->packing.n_jobs++;
-    l->packing.n_pieces += (n_out + PIECE_ROWS - 1) / PIECE_ROWS;
+    job->n_pieces = (n_out + PIECE_ROWS - 1) / PIECE_ROWS;
+    l->packing.n_pieces += job->n_pieces;
     if (n_in > l->packing.max_n_in) l->packing.max_n_in = n_in;
     return OK;
 }
@@ -317,7 +326,8 @@ enum err weights_load(struct weights **out, const struct base *base,
     if ((e = add_all(&l))) goto done;
     p->scratch =
         malloc((size_t)team_size(team) * PIECE_ROWS * (size_t)p->max_n_in * sizeof *p->scratch);
-    if (!p->scratch) {
+    p->taken = calloc((size_t)p->n_pieces, sizeof *p->taken);
+    if (!p->scratch || !p->taken) {
         e = no_memory(&l);
         goto done;
     }
@@ -328,6 +338,7 @@ enum err weights_load(struct weights **out, const struct base *base,
         progress(progress_arg, "packing weights", 1);
 done:
     free(p->scratch);
+    free(p->taken);
     free(p->jobs);
     if (e)
         weights_free(l.w);

@@ -1,5 +1,6 @@
 /* test_compute_team.c - the fork-join team and big blocks of memory. */
 #include "compute/memory.h"
+#include "compute/nodes.h"
 #include "compute/team.h"
 #include <sched.h>
 #include <setjmp.h>
@@ -9,7 +10,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -196,8 +199,64 @@ static void test_too_much_memory_is_refused(void **state) {
     assert_null(memory_map((size_t)1 << 60));
 }
 
+/* ---- memory nodes ---- */
+
+static void write_list(const char *folder, int node, const char *list) {
+    char path[200];
+    snprintf(path, sizeof path, "%s/node%d", folder, node);
+    mkdir(path, 0700);
+    snprintf(path, sizeof path, "%s/node%d/cpulist", folder, node);
+    FILE *f = fopen(path, "w");
+    assert_non_null(f);
+    fputs(list, f);
+    fclose(f);
+}
+
+static void assert_near(const char *folder, const cpu_set_t *usable, int thread, int n_threads,
+                        int nodes, int first, int last) {
+    cpu_set_t near;
+    CPU_ZERO(&near);
+    assert_int_equal(nodes_near(folder, usable, sizeof near, thread, n_threads, &near), nodes);
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+        if (!!CPU_ISSET(cpu, &near) != (cpu >= first && cpu <= last && CPU_ISSET(cpu, usable)))
+            fail_msg("thread %d of %d: cpu %d", thread, n_threads, cpu);
+}
+
+/* Neighbours in the team share a node, each node has threads by its number of CPUs, and only CPUs
+ * that the process may use count. */
+static void test_threads_are_laid_over_the_nodes_in_order(void **state) {
+    (void)state;
+    char folder[] = "/tmp/urchin-nodes-XXXXXX", command[100];
+    assert_non_null(mkdtemp(folder));
+    write_list(folder, 0, "0-1,6-7\n");
+    write_list(folder, 2, "\n"); /* memory alone */
+    write_list(folder, 5, "8-15\n");
+    cpu_set_t all;
+    CPU_ZERO(&all);
+    for (int cpu = 0; cpu < 16; cpu++)
+        CPU_SET(cpu, &all);
+    CPU_CLR(2, &all), CPU_CLR(3, &all), CPU_CLR(4, &all), CPU_CLR(5, &all);
+    for (int t = 0; t < 12; t++)
+        assert_near(folder, &all, t, 12, 2, t < 4 ? 0 : 8, t < 4 ? 7 : 15);
+    for (int t = 0; t < 3; t++) /* fewer, or more, threads than CPUs */
+        assert_near(folder, &all, t, 3, 2, t < 1 ? 0 : 8, t < 1 ? 7 : 15);
+    for (int t = 0; t < 24; t++)
+        assert_near(folder, &all, t, 24, 2, t < 8 ? 0 : 8, t < 8 ? 7 : 15);
+    CPU_CLR(7, &all);
+    assert_near(folder, &all, 0, 11, 2, 0, 6);
+    for (int cpu = 8; cpu < 16; cpu++)
+        CPU_CLR(cpu, &all);
+    assert_near(folder, &all, 0, 3, 1, 1, 0); /* one node left: nothing to choose */
+    write_list(folder, 0, "0-x\n");
+    assert_near(folder, &all, 0, 3, 0, 1, 0);
+    assert_near("/nowhere", &all, 0, 3, 0, 1, 0);
+    snprintf(command, sizeof command, "rm -r %s", folder);
+    assert_int_equal(system(command), 0);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_threads_are_laid_over_the_nodes_in_order),
         cmocka_unit_test(test_each_thread_is_called_once_a_run_and_sees_the_arguments),
         cmocka_unit_test(test_a_run_ends_after_its_last_thread),
         cmocka_unit_test(test_an_idle_team_uses_no_cpu),
