@@ -95,6 +95,26 @@ enum err checkpoint_save(const struct run *run, double seconds, char *msg, size_
     return e;
 }
 
+/* Until fine-tuning has made a step, what attention transfer knows nothing of may still change. */
+static cJSON *of_transfer(const cJSON *identity) {
+    static const char *const unknown[] = {"cache", "horizon"};
+    cJSON *o = cJSON_Duplicate(identity, true);
+    cJSON *attention = cJSON_GetObjectItemCaseSensitive(o, "attention");
+    cJSON_DeleteItemFromObjectCaseSensitive(o, "finetune");
+    for (int i = 0; i < 2; i++)
+        cJSON_DeleteItemFromObjectCaseSensitive(attention, unknown[i]);
+    return o;
+}
+
+static bool same_conversion(const cJSON *a, const cJSON *b, bool only_transfer) {
+    if (!only_transfer) return cJSON_Compare(a, b, true);
+    cJSON *x = of_transfer(a), *y = of_transfer(b);
+    bool same = x && y && cJSON_Compare(x, y, true);
+    cJSON_Delete(x);
+    cJSON_Delete(y);
+    return same;
+}
+
 /* The first key that differs between the two, in a sentence's words. */
 static enum err refuse_other(const struct run *run, const cJSON *theirs, char *msg,
                              size_t msg_len) {
@@ -155,10 +175,11 @@ static enum err read_body(struct run *run, const struct mapped *file, const char
     }
     if (!good || memcmp(digest, h.digest, SHA256_HEX)) return damaged(path, msg, msg_len);
     cJSON *identity = cJSON_ParseWithLength(body, h.identity_len);
+    const bool at_the_turn = h.step == (uint64_t)run->recipe.steps && h.fine_step == 0;
     enum err e = OK;
     if (!identity)
         e = err_set(msg, msg_len, ERR_NOMEM, "out of memory for %s", path);
-    else if (!cJSON_Compare(identity, run->identity, true) ||
+    else if (!same_conversion(identity, run->identity, at_the_turn) ||
              h.n_params != run->training->n_params || h.n_sums != n_sums(run) ||
              h.step > (uint64_t)run->recipe.steps ||
              h.fine_step > (uint64_t)run->recipe.finetune.steps)
@@ -176,7 +197,7 @@ static enum err read_body(struct run *run, const struct mapped *file, const char
     }
     run->training->step = (int64_t)h.step;
     run->transferred = h.transferred != 0;
-    run->fine_begun = h.n_fine > 0;
+    run->fine_begun = h.fine_step > 0;
     run->seconds = h.seconds;
     run->share = h.share;
     return OK;

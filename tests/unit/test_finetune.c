@@ -135,6 +135,32 @@ static void test_an_interruption_in_either_stage_goes_on_to_the_same_bytes(void 
     assert_same_file(in("whole/urchin.json"), in("cut/urchin.json"));
 }
 
+/* Attention transfer knows nothing of the cache, the horizon and what is fine-tuned: once it is done
+ * they may be others, and the bytes are those of a run that began with them. */
+static void test_what_transfer_does_not_know_may_change_at_its_end(void **state) {
+    (void)state;
+    for (int stop = 1; stop < 4; stop++) { /* within transfer, at its end, a step later */
+        char out[20];
+        snprintf(out, sizeof out, "cut%d", stop);
+        convert_interrupt_after(stop);
+        int status = CONVERT(SHORT, "--out", in(out), "--finetune-steps", "4");
+        convert_interrupt_after(0);
+        assert_int_equal(status, 130);
+        if (stop == 2)
+            CONVERTED(SHORT, "--out", in(out), "--finetune-steps", "3", "--cache-size", "8",
+                      "--horizon", "64", "--rank", "2");
+        else
+            REFUSED(stop < 2 ? "attention.cache" : "attention.horizon was", SHORT, "--out",
+                    in(out), "--finetune-steps", "4", stop < 2 ? "--cache-size" : "--horizon", "8");
+        REFUSED(stop == 2 ? "already" : "rows was 20, now it is 10", SHORT, "--out", in(out),
+                "--finetune-steps", "4", "--rows", "10");
+    }
+    CONVERTED(SHORT, "--out", in("whole"), "--finetune-steps", "3", "--cache-size", "8",
+              "--horizon", "64", "--rank", "2");
+    assert_same_file(in("whole/hedgehog.safetensors"), in("cut2/hedgehog.safetensors"));
+    assert_same_file(in("whole/urchin.json"), in("cut2/urchin.json"));
+}
+
 static void test_a_checkpoint_of_fine_tuning_is_refused_when_damaged_or_anothers(void **state) {
     (void)state;
     convert_interrupt_after(4);
@@ -186,6 +212,7 @@ int main(void) {
         IN_FOLDER(test_layers_that_keep_softmax_are_fine_tuned_too),
         IN_FOLDER(test_any_number_of_threads_makes_the_same_bytes),
         IN_FOLDER(test_an_interruption_in_either_stage_goes_on_to_the_same_bytes),
+        IN_FOLDER(test_what_transfer_does_not_know_may_change_at_its_end),
         IN_FOLDER(test_a_checkpoint_of_fine_tuning_is_refused_when_damaged_or_anothers),
         IN_FOLDER(test_fine_tuning_that_diverges_stops_and_keeps_what_was_good),
         IN_FOLDER(test_what_does_not_go_together_is_refused),
