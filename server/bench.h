@@ -16,6 +16,10 @@
  * then summed); step times are the median and the 99th percentile over all steps.  With terraced
  * windows of w a fold and a choice of the cache happen every w tokens: N should be a multiple of w.
  *
+ * "slowest" is how unequal the steps of a block are: each of its w places is worth the least time a
+ * step took there, which other work on the machine seldom disturbs, and the slowest place is set
+ * against their median.  "-": no such block, or a place was seen less than three times.
+ *
  * Bytes: a decode step has to read the weights once and each sequence's state once (a saved state's
  * bytes; softmax: the keys and values so far).  "of limit" is that, over the median step, over the
  * bandwidth at which the same threads read a buffer of as many bytes again and again, measured in
@@ -26,6 +30,14 @@
 
 #include "compute/team.h"
 #include "config/settings.h"
+
+#include <stdbool.h>
+
+/* seconds [repeat][n] of steps at positions first .. first + n - 1, in blocks of w: the least of
+ * each place in a block; the largest of them, and their median (w even: the mean of the middle two).
+ * False, nothing written: a place has fewer than three. */
+bool bench_slowest_step(const double *seconds, int repeat, int n, int64_t first, int w,
+                        double *slowest, double *median);
 
 int bench_main(const struct settings *settings, struct team *team);
 

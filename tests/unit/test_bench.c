@@ -72,6 +72,7 @@ static void check_points(const char *model, double bytes_per_token) {
         bytes[i] = number(p, "step_bytes") - weights;
         assert_true(number(p, "step_median_ms") > 0);
         assert_true(number(p, "step_p99_ms") >= number(p, "step_median_ms"));
+        assert_true(json_get(p, "step_slowest_ms") == NULL); /* 40 steps are too few for a block */
         assert_true(number(p, "read_bandwidth") > 1e8); /* a tenth of a GB/s: anything that runs */
     }
     assert_int_equal(i, 6);
@@ -100,12 +101,31 @@ static void test_depths_past_a_models_limit_are_refused(void **state) {
     assert_non_null(strstr(text, "--max-seq-len 513"));
 }
 
+/* Two runs of 10 steps from position 7 on in blocks of 4: the places 3 0 1 2 3 0 1 2 3 0.  What is
+ * disturbed once is not slow. */
+static void test_the_slowest_step_is_of_a_place_in_the_block(void **state) {
+    (void)state;
+    double seconds[] = {5, 9, 2, 3, 90, 7, 4, 2.5, 6, 8, 70, 60, 50, 40, 30, 7.5, 2.25, 80, 9, 99};
+    double slowest = -1, median = -1;
+    assert_true(bench_slowest_step(seconds, 2, 10, 7, 4, &slowest, &median));
+    assert_true(slowest == 7);            /* place 0: the least of 9, 7, 8, 60, 7.5, 99 */
+    assert_true(median == (2.5 + 5) / 2); /* of 7, 2, 2.5, 5 */
+    assert_true(bench_slowest_step(seconds, 2, 10, 4, 3, &slowest, &median));
+    assert_true(slowest == 2.5 && median == 2.25); /* of 2, 2.25, 2.5 */
+    slowest = median = -1;
+    assert_false(bench_slowest_step(seconds, 2, 10, 7, 8, &slowest, &median)); /* seen twice */
+    assert_false(bench_slowest_step(seconds, 1, 10, 7, 4, &slowest, &median));
+    assert_false(bench_slowest_step(seconds, 1, 10, 7, 0, &slowest, &median)); /* no blocks */
+    assert_true(slowest == -1 && median == -1);
+}
+
 int main(void) {
     if (team_new(&team, 2)) return 1;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_point_is_measured_and_states_keep_their_size),
         cmocka_unit_test(test_softmax_depth_is_really_read),
         cmocka_unit_test(test_depths_past_a_models_limit_are_refused),
+        cmocka_unit_test(test_the_slowest_step_is_of_a_place_in_the_block),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     team_free(team);
