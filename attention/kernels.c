@@ -420,6 +420,53 @@ static void read_value(const struct shape *s, float *v, const void *values, int 
                                                : v16_load((const float *)values + at + d));
 }
 
+typedef uint16_t halves __attribute__((vector_size(2 * TILE))); /* a row of a tile, in 16 bits */
+typedef uint32_t wholes __attribute__((vector_size(4 * TILE)));
+
+/* Row by row of a tile: lane l becomes lane from[l] of src where take[l] is all ones. */
+V_FN void move_halves(uint16_t *dst, const uint16_t *src, int n_rows, halves from, halves take) {
+    for (size_t d = 0; d < (size_t)n_rows * TILE; d += TILE) {
+        halves x, y;
+        memcpy(&x, src + d, sizeof x);
+        memcpy(&y, dst + d, sizeof y);
+        y = (__builtin_shuffle(x, from) & take) | (y & ~take);
+        memcpy(dst + d, &y, sizeof y);
+    }
+}
+V_FN void move_wholes(uint32_t *dst, const uint32_t *src, int n_rows, wholes from, wholes take) {
+    for (size_t d = 0; d < (size_t)n_rows * TILE; d += TILE) {
+        wholes x, y;
+        memcpy(&x, src + d, sizeof x);
+        memcpy(&y, dst + d, sizeof y);
+        y = (__builtin_shuffle(x, from) & take) | (y & ~take);
+        memcpy(dst + d, &y, sizeof y);
+    }
+}
+
+/* What comes from one tile and goes to one moves at once.  Downwards, in ascending order: what is
+ * overwritten has moved. */
+static void move_keys(const struct shape *s, void *keys, int first, const int *from, int n) {
+    for (int i = 0; i < n;) {
+        int src = from[i] / TILE, dst = (first + i) / TILE;
+        bool moves = false;
+        halves lane = {0}, take = {0};
+        for (; i < n && from[i] / TILE == src && (first + i) / TILE == dst; i++) {
+            lane[(first + i) % TILE] = (uint16_t)(from[i] % TILE);
+            take[(first + i) % TILE] = 0xffff;
+            moves |= from[i] != first + i;
+        }
+        size_t tile = (size_t)s->head_dim * TILE;
+        if (moves && s->kv_type == KV_BF16)
+            move_halves((uint16_t *)keys + (size_t)dst * tile,
+                        (const uint16_t *)keys + (size_t)src * tile, s->head_dim, lane, take);
+        else if (moves)
+            move_wholes((uint32_t *)keys + (size_t)dst * tile,
+                        (const uint32_t *)keys + (size_t)src * tile, s->head_dim,
+                        __builtin_convertvector(lane, wholes),
+                        -__builtin_convertvector(take & 1, wholes));
+    }
+}
+
 #define TABLE_OF(isa) TABLE_NAME(isa)
 #define TABLE_NAME(isa) attention_kernels_##isa
 const struct attention_kernels TABLE_OF(ISA) = {
@@ -435,4 +482,5 @@ const struct attention_kernels TABLE_OF(ISA) = {
     .read_key = read_key,
     .write_value = write_value,
     .read_value = read_value,
+    .move_keys = move_keys,
 };

@@ -129,6 +129,9 @@ struct attention_kernels {
     void (*read_key)(const struct shape *shape, float *x, const void *keys, int entry);
     void (*write_value)(const struct shape *shape, void *values, int entry, const float *v);
     void (*read_value)(const struct shape *shape, float *v, const void *values, int entry);
+
+    /* Entry first + i becomes what entry from[i] was, i < n; from ascends, from[i] >= first + i. */
+    void (*move_keys)(const struct shape *shape, void *keys, int first, const int *from, int n);
 };
 
 const struct attention_kernels *attention_kernels_chosen(void); /* by cpu_isa() */

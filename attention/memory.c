@@ -103,6 +103,21 @@ static void move_entry(const struct attention *a, struct memory *m, int to, int 
     if (to != from) memory_copy_entry(a, m, to, m, from);
 }
 
+/* Entry first + i becomes what entry from[i] was, i < n; from ascends, from[i] >= first + i. */
+static void move_entries(const struct attention *a, struct memory *m, int first, const int *from,
+                         int n) {
+    size_t row = (size_t)a->shape.lanes * element_bytes(a);
+    a->kernels->move_keys(&a->shape, m->keys, first, from, n);
+    if (m->turned != m->keys) a->kernels->move_keys(&a->shape, m->turned, first, from, n);
+    for (int i = 0, run; i < n; i += run) {
+        for (run = 1; i + run < n && from[i + run] == from[i] + run;)
+            run++;
+        if (from[i] != first + i)
+            memmove((char *)m->values + (size_t)(first + i) * row,
+                    (const char *)m->values + (size_t)from[i] * row, (size_t)run * row);
+    }
+}
+
 /* Stores a row's key and value; the rotated copy is made from k' as it was rounded. */
 static void write_entry(const struct layer_job *job, struct memory *m, int entry, int row,
                         int kv_head, struct scratch *tmp) {
@@ -266,10 +281,10 @@ static void begin_block(const struct attention *a, int layer, int kv_head, struc
             move_entry(a, m, i, l->sinks + l->cache + i);
     for (int j = 0; j < n; j++)
         if (tmp->keep[j]) {
-            /* downwards, in ascending order: what is overwritten has moved or is folded */
-            move_entry(a, m, l->sinks + n_kept, entry[j]);
+            entry[n_kept] = entry[j];
             m->positions[n_kept++] = tmp->position[j];
         }
+    move_entries(a, m, l->sinks, entry, n_kept); /* over what moves too, or is folded */
     for (int i = n_kept; i < l->cache; i++)
         m->positions[i] = -1;
 

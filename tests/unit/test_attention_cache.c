@@ -1,6 +1,9 @@
 /* test_attention_cache.c - the recall cache: scores are the self-recall errors of the formula, and
- * the choice is the rule's. */
+ * the choice is the rule's.  And its keys move together. */
+#include "attention/kernels.h"
 #include "attention_rig.h"
+
+#include "compute/cpu.h"
 
 enum { N = 120 };
 
@@ -230,12 +233,53 @@ static void test_imposed_sets_are_held_and_later_blocks_choose(void **state) {
     rig_close(&g);
 }
 
+/* ---- entries that move ---- */
+
+static void check_moves(const struct attention_kernels *kernels, enum kv_type type, int D,
+                        uint64_t seed) {
+    enum { TILES = 9, ENTRIES = TILES * TILE };
+    struct shape shape = {.head_dim = D, .kv_type = type};
+    size_t size = type == KV_BF16 ? 2 : 4, bytes = (size_t)ENTRIES * D * size;
+    unsigned char *keys = malloc(bytes), *want = malloc(bytes);
+    for (size_t i = 0; i < bytes; i++)
+        want[i] = keys[i] = (unsigned char)uniform(&seed, 0, 256);
+    int from[ENTRIES], n = 0, first = (int)uniform(&seed, 0, 20);
+    float dropped = uniform(&seed, 0, 1) * uniform(&seed, 0, 1); /* often few */
+    for (int e = first; e < ENTRIES; e++)
+        if (uniform(&seed, 0, 1) >= dropped) from[n++] = e;
+    for (int i = 0; i < n; i++)
+        for (int d = 0; d < D; d++) {
+            size_t to = ((size_t)((first + i) / TILE) * D + d) * TILE + (first + i) % TILE,
+                   at = ((size_t)(from[i] / TILE) * D + d) * TILE + from[i] % TILE;
+            memcpy(want + to * size, keys + at * size, size);
+        }
+    kernels->move_keys(&shape, keys, first, from, n);
+    assert_memory_equal(keys, want, bytes);
+    free(keys), free(want);
+}
+
+static void test_keys_move_as_if_one_by_one(void **state) {
+    (void)state;
+    const struct attention_kernels *tables[] = {&attention_kernels_generic, NULL, NULL};
+    int n = 1;
+#if defined(__x86_64__)
+    if (cpu_isa() >= CPU_AVX2) tables[n++] = &attention_kernels_avx2;
+    if (cpu_isa() >= CPU_AVX512) tables[n++] = &attention_kernels_avx512;
+#elif defined(__aarch64__)
+    if (cpu_isa() == CPU_DOTPROD) tables[n++] = &attention_kernels_dotprod;
+#endif
+    for (int i = 0; i < n; i++)
+        for (uint64_t seed = 1; seed <= 300; seed++)
+            check_moves(tables[i], seed % 2 ? KV_BF16 : KV_FP32, seed % 3 ? 20 : 1, seed * 77);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_scores_and_choice_follow_the_definition),
         cmocka_unit_test(test_scores_are_summed_over_the_groups_maps),
         cmocka_unit_test(test_equal_keys_score_equal_bits_and_the_earlier_stays),
         cmocka_unit_test(test_imposed_sets_are_held_and_later_blocks_choose),
+        cmocka_unit_test(test_keys_move_as_if_one_by_one),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
