@@ -63,7 +63,7 @@ enum err attention_state_add(const struct attention *a, void *dst, const void *c
             for (int e = sinks; e < sinks + cached; e++) /* far for dst, though near for its own */
                 if (memory_clamped(a, m.positions[e - sinks], position - 1))
                     memory_clamp_entry(a, &m, e);
-            *m.chosen_for = 0; /* of other candidates */
+            *m.chosen_for = *m.next_for = 0; /* of other candidates, from another state */
         }
     return OK;
 }

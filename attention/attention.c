@@ -4,10 +4,10 @@
  * where blocks begin; each wave is two phases, because all rows of a segment see the keys that the
  * first phase appends:
  *
- *   append   one task per segment and kv head: a block that begins folds and chooses; keys and
- *            values are stored
- *   answer   one task per group of at most MAX_QUERIES (row, head) pairs; and the choice
- *            for the next block, which like them only reads what they read
+ *   append   one task per segment and kv head: a block that begins takes up its state and cache;
+ *            keys and values are stored
+ *   answer   one task per group of at most MAX_QUERIES (row, head) pairs; and the choice and
+ *            fold for the next block, which like them only read what they read
  *
  * A segment whose rows and heads are one group, as one row of many sequences is, needs no second
  * phase.  Sliding windows and pure linear attention change the state at every row: there one task
@@ -396,15 +396,15 @@ static int plan_wave(struct attention *a, int wave, int most_heads) {
     return questions;
 }
 
-/* The second phase's tasks: of each segment that is not whole, the choice, which takes longest, and
- * questions.  Returns how many. */
+/* The second phase's tasks: of each segment that is not whole, the next block, which takes longest,
+ * and questions.  Returns how many. */
 static int plan_answers(struct attention *a, int layer) {
     int n = 0;
     for (int i = 0; i < a->n_segments; i++) {
         struct segment *s = &a->segments[i];
         s->first_task = n;
-        s->chooses = memory_chooses_in(a, layer, s);
-        if (s->n_parts > 1) n += (s->n_parts + s->chooses) * a->config.n_kv_heads;
+        s->prepares = memory_prepares_in(a, layer, s);
+        if (s->n_parts > 1) n += (s->n_parts + s->prepares) * a->config.n_kv_heads;
     }
     return n;
 }
@@ -453,11 +453,11 @@ static void append_tasks(void *arg, int thread, int n_threads) {
         if (next < job->n_tasks && a->segments[next / n_kv].n_parts == 1)
             ahead = ahead_of(job, &a->segments[next / n_kv], next % n_kv);
         answer_part(job, s, kv_head, 0, &ahead, tmp);
-        if (s->chooses) memory_choose_next(a, job->layer, s, kv_head, tmp);
+        if (s->prepares) memory_prepare_next(a, job->layer, s, kv_head, tmp);
     }
 }
 
-struct answer_task { /* part -1: the choice */
+struct answer_task { /* part -1: the next block */
     const struct segment *segment;
     int kv_head, part;
 };
@@ -466,10 +466,10 @@ static struct answer_task answer_task(const struct attention *a, int task) {
     const struct segment *s = a->segments + a->n_segments - 1;
     while (s->first_task > task || s->n_parts == 1)
         s--;
-    int n_kv = a->config.n_kv_heads, choosing = s->chooses ? n_kv : 0;
+    int n_kv = a->config.n_kv_heads, preparing = s->prepares ? n_kv : 0;
     task -= s->first_task;
-    if (task < choosing) return (struct answer_task){s, task, -1};
-    task -= choosing;
+    if (task < preparing) return (struct answer_task){s, task, -1};
+    task -= preparing;
     return (struct answer_task){s, task / s->n_parts, task % s->n_parts};
 }
 
@@ -481,7 +481,7 @@ static void answer_tasks(void *arg, int thread, int n_threads) {
     for (int task; (task = next_task(a, thread)) >= 0;) {
         struct answer_task t = answer_task(a, task), next = t;
         if (t.part < 0) {
-            memory_choose_next(a, job->layer, t.segment, t.kv_head, tmp);
+            memory_prepare_next(a, job->layer, t.segment, t.kv_head, tmp);
             continue;
         }
         if (task + 1 < job->n_tasks) next = answer_task(a, task + 1);

@@ -25,7 +25,7 @@ struct layout {
     /* offsets into a slot, and how far one layer's kv head is from the next */
     size_t states, keys, values, positions; /* the sequence itself ... */
     size_t sequence_bytes;
-    size_t turned, chosen, chosen_for; /* ... and what is derived from it */
+    size_t turned, chosen, chosen_for, next_for, exchanged, next; /* ... and what is derived */
     size_t slot_bytes;
 };
 
@@ -47,6 +47,9 @@ struct memory {
     int64_t *positions; /* [cache] ascending, then -1 */
     bool *chosen;        /* [cache + w] which candidates stay in the cache */
     int64_t *chosen_for; /* at which block and by how many places; 0: no choice was made */
+    float *next;         /* the states once what was not chosen is folded (terraced windows) */
+    int64_t *next_for;   /* as chosen_for */
+    bool *exchanged;     /* state lies where next would, and the other way round */
 };
 
 struct scratch { /* one thread's */
@@ -66,7 +69,7 @@ struct segment { /* rows of one run that see the same blocks */
     int64_t position;                               /* of its first row */
     int part_rows, part_heads, n_parts; /* how its questions are cut */
     int first_task;                     /* of the second phase */
-    bool chooses;                       /* does the next choice */
+    bool prepares;                      /* the next block's choice and state */
 };
 
 struct attention {
@@ -133,14 +136,15 @@ int64_t memory_entry_position(const struct attention *a, const struct memory *m,
                               int64_t position);
 /* Does a sink or cached key count as exactly max_distance behind for the row at position? */
 bool memory_clamped(const struct attention *a, int64_t key, int64_t position);
-/* The segment's keys and values of one kv head enter the memory; a block that begins folds and
- * chooses first. */
+/* The segment's keys and values of one kv head enter the memory; a block that begins takes up its
+ * state and cache first, made now unless they are at hand. */
 void memory_append(const struct layer_job *job, const struct segment *segment, int kv_head,
                    struct scratch *tmp);
-/* Is this the segment that makes the next block's choice?  And the choice. */
-bool memory_chooses_in(const struct attention *a, int layer, const struct segment *segment);
-void memory_choose_next(const struct attention *a, int layer, const struct segment *segment,
-                       int kv_head, struct scratch *tmp);
+/* Is this the segment that chooses and folds for the next block?  And doing so: only what is
+ * derived is written. */
+bool memory_prepares_in(const struct attention *a, int layer, const struct segment *segment);
+void memory_prepare_next(const struct attention *a, int layer, const struct segment *segment,
+                         int kv_head, struct scratch *tmp);
 
 /* Entry `from` of one memory becomes entry `to` of another: key, rotated copy, value. */
 void memory_copy_entry(const struct attention *a, struct memory *to_memory, int to,

@@ -9,9 +9,10 @@
  * r_j[0:D] / r_j[D] - v_j ||^2
  *
  * the worst recalled stay in the cache and the others are folded into S.  (LoLA, arXiv:2505.23666;
- * ours: places for recent keys, and a horizon.)  The choice is 200 times the work of a row, and
- * its inputs are complete one block earlier: so each layer makes its own at another row of block b
- * - 1.  Whoever comes to block b without it makes it there, to the same bits. */
+ * ours: places for recent keys, and a horizon.)  That is 200 times the work of a row, and its
+ * inputs are complete one block earlier: so each layer chooses and folds at another row of block b
+ * - 1, into a second state, which block b takes for its own.  Whoever comes to block b without them
+ * (other places, a loaded state) does both there, to the same bits. */
 #include "attention/internal.h"
 
 #include <assert.h>
@@ -160,10 +161,10 @@ static void key_features(const struct attention *a, int layer, int kv_head, int 
 }
 
 /* Folds the n keys and values in tmp into every state of the kv head; then the horizon. */
-static void fold(const struct attention *a, int layer, int kv_head, struct memory *m, int n,
+static void fold(const struct attention *a, int layer, int kv_head, float *states, int n,
                  float forget, struct scratch *tmp) {
     for (int h = 0; h < a->state_heads; h++) {
-        float *S = m->state + (size_t)h * a->layout.state_floats;
+        float *S = states + (size_t)h * a->layout.state_floats;
         key_features(a, layer, kv_head, h, n, tmp);
         a->kernels->fold(&a->shape, S, S + a->layout.S_floats, tmp->phi, tmp->v, n);
         if (forget != 1) a->kernels->scale(S, a->layout.state_floats, forget);
@@ -172,16 +173,21 @@ static void fold(const struct attention *a, int layer, int kv_head, struct memor
 
 /* ---- the choice of the cache ---- */
 
-/* The entries of candidates for block b, ascending positions: the cache, then block b - 2 less the
- * sinks. */
-static int candidates(const struct attention *a, const struct memory *m, int64_t b, int *entry) {
+/* Candidates for block b, ascending positions: the cache, then block b - 2 less the sinks.  Where
+ * they lie, and their positions. */
+static int candidates(const struct attention *a, const struct memory *m, int64_t b, int *entry,
+                      int64_t *position) {
     const struct layout *l = &a->layout;
-    int w = a->config.window_size, n = 0, cached = memory_cached(a, m);
+    int w = a->config.window_size, n = 0;
     int half = l->sinks + l->cache + (int)(b % 2) * w;
-    for (int i = 0; i < cached; i++)
-        entry[n++] = l->sinks + i;
-    for (int i = b == 2 ? l->sinks : 0; i < w; i++)
-        entry[n++] = half + i;
+    for (; n < l->cache && m->positions[n] >= 0; n++) {
+        entry[n] = l->sinks + n;
+        position[n] = m->positions[n];
+    }
+    for (int i = b == 2 ? l->sinks : 0; i < w; i++, n++) {
+        entry[n] = half + i;
+        position[n] = (b - 2) * w + i;
+    }
     return n;
 }
 
@@ -203,7 +209,7 @@ static void self_recall(const struct attention *a, int layer, int kv_head, const
         if (isnan(error[j])) error[j] = INFINITY;
 }
 
-/* What a choice is for: block b, and so many places. */
+/* What a choice, and the state it leaves, is for: block b, and so many places. */
 static int64_t choice_name(const struct attention *a, int64_t b) {
     return b * (a->config.cache_size + 1) + a->places;
 }
@@ -250,14 +256,29 @@ static void mark_kept(const struct attention *a, int layer, int kv_head, struct 
     memcpy(tmp->keep, m->chosen, (size_t)n * sizeof *tmp->keep);
 }
 
-/* Candidates for block b and their positions, in tmp. */
-static int list_candidates(const struct attention *a, const struct memory *m, int64_t b,
-                           struct scratch *tmp) {
-    int n = candidates(a, m, b, tmp->entry);
+/* Folds those of the n candidates in tmp that are not kept into states, which hold what was folded
+ * before block b. */
+static void fold_rest(const struct attention *a, int layer, int kv_head, const struct memory *m,
+                      int64_t b, int n, float *states, struct scratch *tmp) {
+    int64_t start = b * a->config.window_size;
+    int n_fold = 0;
     for (int j = 0; j < n; j++)
-        tmp->position[j] =
-            memory_entry_position(a, m, tmp->entry[j], b * a->config.window_size - 1);
-    return n;
+        if (!tmp->keep[j]) read_entry(a, m, tmp->entry[j], n_fold++, tmp);
+    float forget = forgetting(a, memory_folded(a, start - 1), memory_folded(a, start));
+    if (n_fold) fold(a, layer, kv_head, states, n_fold, forget, tmp);
+}
+
+static void exchange(struct memory *m) {
+    float *state = m->next;
+    m->next = m->state;
+    m->state = state;
+    *m->exchanged = !*m->exchanged;
+}
+
+/* Is the state of block b at hand?  It was made of what was chosen, not of a set imposed since. */
+static bool next_is_for(const struct attention *a, int layer, int kv_head, const struct memory *m,
+                        int64_t b) {
+    return *m->next_for == choice_name(a, b) && !imposed_set(a, layer, kv_head, b);
 }
 
 /* Before the first row of block b: sinks become entries of their own, the cache is chosen, the
@@ -267,24 +288,22 @@ static void begin_block(const struct attention *a, int layer, int kv_head, struc
     const struct layout *l = &a->layout;
     int64_t w = a->config.window_size, start = b * w;
     if (b < 2) return;
-    int n = list_candidates(a, m, b, tmp);
+    int n = candidates(a, m, b, tmp->entry, tmp->position), n_kept = 0;
     mark_kept(a, layer, kv_head, m, b, n, tmp);
-
-    int n_fold = 0, n_kept = 0, *entry = tmp->entry;
-    for (int j = 0; j < n; j++)
-        if (!tmp->keep[j]) read_entry(a, m, entry[j], n_fold++, tmp);
-    float forget = forgetting(a, memory_folded(a, start - 1), memory_folded(a, start));
-    if (n_fold) fold(a, layer, kv_head, m, n_fold, forget, tmp);
+    if (next_is_for(a, layer, kv_head, m, b))
+        exchange(m);
+    else
+        fold_rest(a, layer, kv_head, m, b, n, m->state, tmp);
 
     if (b == 2)
         for (int i = 0; i < l->sinks; i++)
             move_entry(a, m, i, l->sinks + l->cache + i);
     for (int j = 0; j < n; j++)
         if (tmp->keep[j]) {
-            entry[n_kept] = entry[j];
+            tmp->entry[n_kept] = tmp->entry[j];
             m->positions[n_kept++] = tmp->position[j];
         }
-    move_entries(a, m, l->sinks, entry, n_kept); /* over what moves too, or is folded */
+    move_entries(a, m, l->sinks, tmp->entry, n_kept); /* over what moves too, or is folded */
     for (int i = n_kept; i < l->cache; i++)
         m->positions[i] = -1;
 
@@ -305,7 +324,7 @@ static void leave_window(const struct attention *a, int layer, int kv_head, stru
         move_entry(a, m, (int)key, place);
     } else if (key >= 0) {
         read_entry(a, m, place, 0, tmp);
-        fold(a, layer, kv_head, m, 1,
+        fold(a, layer, kv_head, m->state, 1,
              forgetting(a, memory_folded(a, position - 1), memory_folded(a, position)), tmp);
     }
     for (int e = 0; e < l->sinks && e <= key; e++) {
@@ -321,7 +340,7 @@ static void fold_own(const struct layer_job *job, int row, int kv_head, struct m
     const struct attention *a = job->a;
     write_entry(job, m, 0, row, kv_head, tmp);
     read_entry(a, m, 0, 0, tmp);
-    fold(a, job->layer, kv_head, m, 1, forgetting(a, position, position + 1), tmp);
+    fold(a, job->layer, kv_head, m->state, 1, forgetting(a, position, position + 1), tmp);
 }
 
 void memory_append(const struct layer_job *job, const struct segment *segment, int kv_head,
@@ -369,36 +388,46 @@ struct ahead memory_ahead(const struct attention *a, const struct segment *segme
     if (a->config.kind != ATTENTION_HEDGEHOG) return ahead; /* as long as the text */
     int w = a->config.window_size, ring = l->sinks + l->cache;
     int place = ring + (int)(segment->position % l->ring), end = place + segment->n_rows;
+    int first = place, last = place + 1; /* where the next key goes */
     size_t tile = (size_t)TILE * a->shape.head_dim * element_bytes(a);
+    float *state = m.state;
+    if (segment->position % w == 0) {
+        if (next_is_for(a, layer, kv_head, &m, segment->position / w)) state = m.next;
+        first = 0, last = end = place + w; /* keys move, of the block that leaves as well */
+    }
     if (memory_folded(a, segment->position) > 0)
-        add_range(&ahead, m.state, 0,
-                  (size_t)a->state_heads * l->state_floats * sizeof *m.state);
+        add_range(&ahead, state, 0, (size_t)a->state_heads * l->state_floats * sizeof *state);
     if (place < ring + w && segment->position >= w) /* the block before is the second half */
         add_entries(a, &m, &ahead, ring + w, ring + 2 * w);
     add_entries(a, &m, &ahead, 0, end);
-    if (m.keys != m.turned) /* where the next key goes */
-        add_range(&ahead, m.keys, (size_t)(place / TILE) * tile, (size_t)(place / TILE + 1) * tile);
+    if (m.keys != m.turned)
+        add_range(&ahead, m.keys, (size_t)(first / TILE) * tile,
+                  (size_t)((last + TILE - 1) / TILE) * tile);
     add_range(&ahead, m.positions, 0, (size_t)l->cache * sizeof *m.positions);
     return ahead;
 }
 
-bool memory_chooses_in(const struct attention *a, int layer, const struct segment *segment) {
+bool memory_prepares_in(const struct attention *a, int layer, const struct segment *segment) {
     const struct attention_config *c = &a->config;
-    if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED || !a->places) return false;
+    if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED) return false;
     int64_t w = c->window_size, next = segment->position / w + 1;
     /* all that ever left the window fit the cache: nothing to choose */
     if ((next - 1) * w - c->sinks <= a->places || imposed_set(a, layer, 0, next)) return false;
-    int64_t row = layer * w / a->n_layers - segment->position % w;
+    /* not beside what is left to do where a block begins */
+    int64_t row = (w > 1) + layer * (w - 1) / a->n_layers - segment->position % w;
     return row >= 0 && row < segment->n_rows;
 }
 
-void memory_choose_next(const struct attention *a, int layer, const struct segment *segment,
-                        int kv_head, struct scratch *tmp) {
+void memory_prepare_next(const struct attention *a, int layer, const struct segment *segment,
+                         int kv_head, struct scratch *tmp) {
     struct memory m = memory_of(a, a->runs[segment->run].slot, layer, kv_head);
     int64_t next = segment->position / a->config.window_size + 1;
-    int n = list_candidates(a, &m, next, tmp);
-    if (n > a->places) /* else an imposed set was small, or places were added */
-        choose(a, layer, kv_head, &m, next, n, tmp);
+    int n = candidates(a, &m, next, tmp->entry, tmp->position);
+    if (n <= a->places) return; /* an imposed set was small, or places were added */
+    mark_kept(a, layer, kv_head, &m, next, n, tmp);
+    memcpy(m.next, m.state, a->state_heads * a->layout.state_floats * sizeof *m.next);
+    fold_rest(a, layer, kv_head, &m, next, n, m.next, tmp);
+    *m.next_for = choice_name(a, next);
 }
 
 /* ---- looking in, for evaluation and tests ---- */
@@ -444,9 +473,7 @@ int attention_cache_scores(const struct attention *a, const void *slot, int laye
     struct scratch *tmp = a->scratch;
     int64_t position = slot_header(slot)->position, b = position / a->config.window_size;
     if (b < 2) return 0;
-    int n = candidates(a, &m, b, tmp->entry);
-    for (int j = 0; j < n; j++)
-        positions[j] = memory_entry_position(a, &m, tmp->entry[j], position - 1);
+    int n = candidates(a, &m, b, tmp->entry, positions);
     self_recall(a, layer, kv_head, &m, tmp->entry, n, errors, tmp);
     return n;
 }

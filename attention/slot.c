@@ -47,10 +47,15 @@ void layout_init(struct attention *a) {
     l->chosen = l->sequence_bytes + (rotated_later ? heads * l->keys_bytes : 0);
     l->chosen_for = align(
         l->chosen + (l->cache ? heads * (size_t)(l->cache + c->window_size) * sizeof(bool) : 0));
-    l->slot_bytes = align(l->chosen_for + heads * sizeof(int64_t));
+    l->next_for = l->chosen_for + heads * sizeof(int64_t);
+    l->exchanged = l->next_for + heads * sizeof(int64_t);
+    l->next = align(l->exchanged + heads * sizeof(bool));
+    l->slot_bytes = align(l->next + (c->window == WINDOW_TERRACED ? l->keys - l->states : 0));
 }
 
-struct memory memory_of(const struct attention *a, const void *slot, int layer, int kv_head) {
+/* As a saved sequence has it, and a slot in which nothing was exchanged. */
+static struct memory memory_at(const struct attention *a, const void *slot, int layer,
+                               int kv_head) {
     const struct layout *l = &a->layout;
     char *at = (char *)slot;
     size_t head = (size_t)layer * a->config.n_kv_heads + kv_head;
@@ -62,7 +67,19 @@ struct memory memory_of(const struct attention *a, const void *slot, int layer, 
         .positions = (int64_t *)(at + l->positions) + head * l->cache,
         .chosen = (bool *)(at + l->chosen) + head * (size_t)(l->cache + a->config.window_size),
         .chosen_for = (int64_t *)(at + l->chosen_for) + head,
+        .next = (float *)(at + l->next) + head * a->state_heads * l->state_floats,
+        .next_for = (int64_t *)(at + l->next_for) + head,
+        .exchanged = (bool *)(at + l->exchanged) + head,
     };
+}
+
+struct memory memory_of(const struct attention *a, const void *slot, int layer, int kv_head) {
+    struct memory m = memory_at(a, slot, layer, kv_head);
+    if (!*m.exchanged) return m;
+    float *state = m.next;
+    m.next = m.state;
+    m.state = state;
+    return m;
 }
 
 size_t attention_slot_bytes(const struct attention *a) {
@@ -74,10 +91,9 @@ int64_t attention_slot_position(const struct attention *a, const void *slot) {
     return slot_header(slot)->position;
 }
 
-/* Nothing is chosen: whoever needs the choice makes it. */
-static void forget_choice(const struct attention *a, void *slot) {
-    memset((char *)slot + a->layout.chosen_for, 0,
-           a->layout.slot_bytes - a->layout.chosen_for);
+/* Nothing is chosen or folded for a next block: whoever comes to it does so. */
+static void forget_prepared(const struct attention *a, void *slot) {
+    memset((char *)slot + a->layout.chosen_for, 0, a->layout.next - a->layout.chosen_for);
 }
 
 void attention_slot_clear(const struct attention *a, void *slot) {
@@ -87,7 +103,7 @@ void attention_slot_clear(const struct attention *a, void *slot) {
     memcpy(slot, &header, sizeof header);
     memset((char *)slot + l->states, 0, l->keys - l->states);
     memset((char *)slot + l->positions, 0xff, l->sequence_bytes - l->positions); /* all -1 */
-    forget_choice(a, slot);
+    forget_prepared(a, slot);
 }
 
 /* ---- copies ---- */
@@ -162,7 +178,9 @@ void attention_state_save(const struct attention *a, void *out, const void *slot
     memcpy(out, slot, l->sequence_bytes);
     for (int layer = 0; layer < a->n_layers; layer++)
         for (int kv = 0; kv < a->config.n_kv_heads; kv++) {
-            struct memory m = memory_of(a, slot, layer, kv), saved = memory_of(a, out, layer, kv);
+            struct memory m = memory_of(a, slot, layer, kv), saved = memory_at(a, out, layer, kv);
+            if (*m.exchanged)
+                memcpy(saved.state, m.state, a->state_heads * l->state_floats * sizeof(float));
             struct span spans[MAX_SPANS + 1];
             int growing, n = answer_spans(a, &m, position - 1, spans, &growing);
             spans[n++] = (struct span){l->entries, 0};

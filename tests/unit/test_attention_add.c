@@ -298,6 +298,35 @@ static void test_what_was_scored_before_is_scored_again(void **state) {
     rig_close(&g);
 }
 
+/* The same where as many places are in use before as after: a layer has folded for the next block
+ * by then, as many keys of other candidates, from the state alone. */
+static void test_what_was_folded_ahead_is_folded_again(void **state) {
+    (void)state;
+    struct rig g;
+    rig_open(&g, small(), 10000, N, 1, false);
+    size_t bytes = attention_state_bytes(g.a, READ);
+    float *y = rows_open(&g), *want = rows_open(&g), *alone = rows_open(&g);
+    void *a = slot_open(&g), *b = slot_open(&g), *d = slot_open(&g), *saved = malloc(bytes);
+    attention_set_cache_places(g.a, 2);
+    read_text(&g, b, SRC, READ, y);
+    attention_set_cache_places(g.a, 6);
+    read_text(&g, a, 0, READ - 1, y);
+    attention_set_cache_places(g.a, 8);
+    rig_read(&g, a, READ - 1, READ, y);
+    attention_state_save(g.a, saved, a);
+    assert_int_equal(attention_state_load(g.a, d, saved, bytes, NULL, 0), OK);
+    assert_int_equal(attention_state_add(g.a, a, (const void *const[]){b}, 1), OK);
+    assert_int_equal(attention_state_add(g.a, d, (const void *const[]){b}, 1), OK);
+    ask(&g, a, y);
+    ask(&g, d, want);
+    assert_true(difference(&g, y, want) == 0);
+    assert_int_equal(attention_state_load(g.a, d, saved, bytes, NULL, 0), OK);
+    ask(&g, d, alone);
+    assert_true(difference(&g, y, alone) > 1e-2f);
+    free(a), free(b), free(d), free(y), free(want), free(alone), free(saved);
+    rig_close(&g);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_state_added_to_itself_weighs_twice),
@@ -307,6 +336,7 @@ int main(void) {
         cmocka_unit_test(test_what_cannot_be_added_is_refused_and_changes_nothing),
         cmocka_unit_test(test_an_empty_memory_adds_nothing),
         cmocka_unit_test(test_what_was_scored_before_is_scored_again),
+        cmocka_unit_test(test_what_was_folded_ahead_is_folded_again),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
