@@ -20,8 +20,8 @@ TEST_PACKAGES  = $(RUN_PACKAGES) libcmocka-dev g++
 
 LAYERS   = config compute attention model scheduler convert server
 KERNELS  = compute/kernels.c compute/gemm_kernel.c attention/kernels.c convert/kernels.c convert/backward_kernels.c
-GPU_C    = $(filter-out model/gpu_none.c,$(wildcard attention/gpu_*.c model/gpu_*.c))
-GPU_NONE = model/gpu_none.c
+GPU_NONE = model/gpu_none.c convert/gpu_none.c
+GPU_C    = $(filter-out $(GPU_NONE),$(wildcard attention/gpu_*.c model/gpu_*.c convert/gpu_*.c))
 SOURCES  = $(filter-out $(KERNELS) compute/gemm_bf16.c $(GPU_C) $(GPU_NONE),$(foreach d,$(LAYERS),$(wildcard $d/*.c)))
 MAIN     = server/main.c
 ISAS     = generic $(if $(filter x86_64,$(ARCH)),avx2 avx512) $(if $(filter aarch64,$(ARCH)),dotprod)
@@ -54,7 +54,7 @@ CUDA    ?= $(if $(and $(NVCC),$(wildcard model/gpu_model.c)),1,0)
 ifneq (,$(SAN))
 CUDA     = 0
 endif
-KERNEL_CU = $(filter-out compute/gpu_cuda.cu,$(wildcard compute/*.cu attention/*.cu))
+KERNEL_CU = $(filter-out compute/gpu_cuda.cu,$(wildcard compute/*.cu attention/*.cu convert/*.cu))
 GPU_ARCHS ?= 80 90 100
 NVCCFLAGS = -std=c++17 -O3 -lineinfo -I. -Xcompiler -O2,-Wall -Xptxas --warn-on-spills \
             $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$a,code=sm_$a) \
@@ -75,7 +75,7 @@ all: $(BUILD)/urchin
 # ---- building ----
 
 $(BUILD)/urchin: $(BUILD)/server/main.o $(LIB) $(if $(filter 1,$(CUDA)),$(CUDA_LIB),$(NONE))
-	$(CC) $(LDFLAGS) -o $@ $< $(call with,$(lastword $^)) $(LIBS) $(if $(filter 1,$(CUDA)),$(CUDA_LIBS)) $(JEMALLOC)
+	$(CC) $(LDFLAGS) -o $@ $< $(call with,$(filter-out $< $(LIB),$^)) $(LIBS) $(if $(filter 1,$(CUDA)),$(CUDA_LIBS)) $(JEMALLOC)
 
 $(BUILD)/urchin-emu: $(BUILD)/server/main.o $(LIB) $(EMU_LIB)
 	$(CC) $(LDFLAGS) -o $@ $< $(call with,$(EMU_LIB)) $(LIBS) -lstdc++ $(JEMALLOC)

@@ -176,6 +176,9 @@ static enum err read_body(struct run *run, const struct mapped *file, const char
     if (!good || memcmp(digest, h.digest, SHA256_HEX)) return damaged(path, msg, msg_len);
     cJSON *identity = cJSON_ParseWithLength(body, h.identity_len);
     const bool at_the_turn = h.step == (uint64_t)run->recipe.steps && h.fine_step == 0;
+    if (identity && !cJSON_GetObjectItemCaseSensitive(identity, "device"))
+        cJSON_AddStringToObject(identity, "device",
+                                "cpu"); /* written when that was all there was */
     enum err e = OK;
     if (!identity)
         e = err_set(msg, msg_len, ERR_NOMEM, "out of memory for %s", path);

@@ -49,8 +49,6 @@ static enum err check_settings(struct conversion *c) {
         return FAIL(c, ERR_ARG, "name the base: urchin convert BASE --text FILES --out FOLDER");
     if (!s->text) return FAIL(c, ERR_ARG, "--text is missing: name files or folders to learn from");
     if (!s->out) return FAIL(c, ERR_ARG, "--out is missing: name a folder for the converted model");
-    if (!strcmp(s->device, "cuda"))
-        return FAIL(c, ERR_ARG, "--device cuda: conversion runs on the CPU only, so far");
     if (converted_is(s->model))
         return FAIL(c, ERR_ARG, "%s is a converted model already; name its base", s->model);
     if (converted_is(s->out))
@@ -80,20 +78,39 @@ static enum err take_recipe(struct conversion *c) {
     return e;
 }
 
+/* On the GPU where there is one, or where it has to be one. */
 static enum err open_base(struct conversion *c) {
     struct model_options o;
     model_options_set(&o, c->settings);
-    o.device = DEVICE_CPU;
     o.max_seq_len = c->max_tokens;
     o.memory_budget = 0;
     o.cache_size = o.cache_recent = o.cache_age = -1; /* the pupil's, not the base's */
     o.max_distance = o.horizon = -1;
     o.max_logits = 1;
-    o.n_slots = 1;
     o.team = c->team;
-    enum err e = model_open(&c->model, &o, c->msg, c->msg_len);
+    enum device device = o.device;
+    enum err e = ERR_NO_CUDA;
+    if (device != DEVICE_CPU) {
+        o.device = DEVICE_CUDA;
+        o.max_rows = TEACHER_DEVICE_ROWS;
+        o.n_slots = TEACHER_DEVICE_SLOTS;
+        e = model_open(&c->model, &o, c->msg, c->msg_len);
+    }
+    if (e == ERR_NO_CUDA && device != DEVICE_CUDA) {
+        o.device = DEVICE_CPU;
+        o.max_rows = TEACHER_ROWS;
+        o.n_slots = 1;
+        e = model_open(&c->model, &o, c->msg, c->msg_len);
+    }
     if (!e) c->run.base = model_info(c->model);
     return e;
+}
+
+static void tell_device(const struct conversion *c) {
+    bool fine = c->run.recipe.finetune.method != FINETUNE_NONE;
+    if (!model_gpu(c->model)) return;
+    fprintf(stderr, "the base reads on %s, the maps learn on the CPU%s\n", c->run.base->device,
+            fine ? ", and fine-tuning stays there" : "");
 }
 
 static enum err open_corpus(struct conversion *c) {
@@ -137,6 +154,8 @@ static enum err take_identity(struct conversion *c) {
     cJSON_AddItemToObject(run->identity, "text", corpus_json(c->corpus));
     cJSON_AddStringToObject(run->identity, "weights", weight_type_name(run->base->weights));
     cJSON_AddStringToObject(run->identity, "kv_type", c->settings->kv_type);
+    /* their sums run in different orders */
+    cJSON_AddStringToObject(run->identity, "device", model_gpu(c->model) ? "cuda" : "cpu");
     return run->identity ? OK : no_memory(c);
 }
 
@@ -146,10 +165,11 @@ static enum err check_memory(struct conversion *c) {
     size_t limit = (size_t)c->settings->memory_mb << 20;
     size_t teacher =
         teacher_bytes(i, c->max_tokens, c->max_rows); /* gone before fine-tuning begins */
-    size_t need = i->weight_bytes + i->slot_bytes +
-                  (teacher > c->fine_bytes ? teacher : c->fine_bytes) +
+    size_t need = (teacher > c->fine_bytes ? teacher : c->fine_bytes) +
                   training_bytes(r, i->n_layers, team_size(c->team), c->max_tokens, c->max_rows) +
                   (64u << 20); /* the program, a step's rows, the tokenizer */
+    if (!model_gpu(c->model)) need += i->weight_bytes + i->slot_bytes;
+    if (need < i->weight_bytes) need = i->weight_bytes; /* on their way to a device */
     if (!limit || need <= limit) return OK;
     return FAIL(c, ERR_ARG,
                 "--memory: %zu MiB are allowed, about %zu are needed; shorter sequences need less "
@@ -457,6 +477,7 @@ static enum err convert(struct conversion *c) {
     if (!e) e = checkpoint_load(&c->run, &found, c->msg, c->msg_len);
     if (e) return e;
     c->begun = conversion_now();
+    tell_device(c);
     if (found) {
         fprintf(stderr, "going on from step %lld%s of %s/checkpoint\n",
                 (long long)c->run.training->step, c->run.fine_begun ? " and fine-tuning" : "",

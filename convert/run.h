@@ -25,7 +25,7 @@ struct run {
     struct recipe recipe;
     const struct model_info *base; /* borrowed */
     struct training *training;     /* owned */
-    cJSON *identity; /* owned: recipe, attention, base and text; one that resumes has the same */
+    cJSON *identity; /* owned: recipe, attention, base, text and device; one that resumes has the same */
     struct point *curve;                 /* [recipe.steps], owned */
     struct student_sums *before, *after; /* [n_layers][n_heads], owned: the probe at the first and
                                             behind the last step */

@@ -2,12 +2,12 @@
 #include "convert/teacher.h"
 
 #include "compute/memory.h"
+#include "convert/gpu_lesson.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 enum {
-    CHUNK = 256,
     ROW_DRAWS = 1 << 20,
     ANSWER_DRAWS = 3 << 20
 }; /* rows draw from numbers that places of text do not use */
@@ -15,7 +15,8 @@ enum {
 struct teacher {
     struct model *model;
     struct attention_config attention;
-    int max_tokens, max_rows, n_layers, n_rows, n_tokens;
+    int max_tokens, max_rows, n_layers, n_rows, n_tokens, step_rows, n_slots;
+    struct gpu_lesson *device;  /* owned; NULL: the model is the CPU's */
     size_t q_floats, kv_floats; /* of a row: q, and k with v */
     float *kv, *q;              /* as struct lesson has them */
     size_t kv_bytes, q_bytes;
@@ -50,10 +51,19 @@ static void take(void *arg, int layer, const float *qkv, int n_rows) {
                t->q_floats * sizeof *q);
 }
 
+static void take_on_device(void *arg, int layer, const float *qkv, int n_rows) {
+    struct teacher *t = arg;
+    int end = t->next_row;
+    while (end < t->n_rows && t->rows[end] < t->at + n_rows)
+        end++;
+    gpu_lesson_take(t->device, layer, qkv, t->at, n_rows, t->next_row, end - t->next_row);
+}
+
 enum err teacher_new(struct teacher **out, struct model *model,
                      const struct attention_config *attention, int max_tokens, int max_rows) {
     const struct model_info *info = model_info(model);
     const struct rope *rope = model_rope(model);
+    struct gpu *device = model_gpu(model);
     struct teacher *t = calloc(1, sizeof *t);
     if (!t) return ERR_NOMEM;
     size_t half = (size_t)attention->head_dim / 2, tokens = (size_t)max_tokens;
@@ -74,6 +84,8 @@ enum err teacher_new(struct teacher **out, struct model *model,
     t->sines = calloc(tokens * half + 1, sizeof *t->sines);
     t->far_cosines = calloc(half + 1, sizeof *t->far_cosines);
     t->far_sines = calloc(half + 1, sizeof *t->far_sines);
+    t->step_rows = device ? TEACHER_DEVICE_ROWS : TEACHER_ROWS;
+    t->n_slots = info->n_slots < TEACHER_DEVICE_SLOTS ? info->n_slots : TEACHER_DEVICE_SLOTS;
     if (!t->kv || !t->q || !t->rows || !t->scratch || !t->cosines || !t->sines || !t->far_cosines ||
         !t->far_sines) {
         teacher_free(t);
@@ -82,12 +94,23 @@ enum err teacher_new(struct teacher **out, struct model *model,
     for (size_t p = 0; rope && p < tokens; p++)
         rope_angles(rope, (int64_t)p, t->cosines + p * half, t->sines + p * half);
     if (rope) rope_angles(rope, attention->max_distance, t->far_cosines, t->far_sines);
+    const float *const angles[] = {t->cosines, t->sines}, *const far[] = {t->far_cosines,
+                                                                          t->far_sines};
+    enum err e = OK;
+    if (device)
+        e = gpu_lesson_new(&t->device, device, attention, t->n_layers, max_tokens, max_rows,
+                           rope ? angles : NULL, rope ? far : NULL);
+    if (e) {
+        teacher_free(t);
+        return e;
+    }
     *out = t;
     return OK;
 }
 
 void teacher_free(struct teacher *t) {
     if (!t) return;
+    gpu_lesson_free(t->device);
     memory_unmap(t->kv, t->kv_bytes);
     memory_unmap(t->q, t->q_bytes);
     free(t->rows);
@@ -136,6 +159,26 @@ int teacher_rows(const struct attention_config *attention, const struct pack *pa
     return all;
 }
 
+/* The next tokens of the pack, from t->at on: whole documents, and the ends of one that goes on, as
+ * many as a step and the model's slots take.  *n tokens; *document the last one's. */
+static int next_step(const struct teacher *t, const struct pack *pack, int *document,
+                     struct model_run *runs, int *n) {
+    int n_runs = 0;
+    *n = 0;
+    while (n_runs < t->n_slots && *n < t->step_rows && t->at + *n < pack->n) {
+        int from = t->at + *n;
+        while (from >= pack->first[*document + 1])
+            ++*document;
+        int left = pack->first[*document + 1] - from, room = t->step_rows - *n,
+            slot = *document % t->n_slots;
+        if (from == pack->first[*document]) model_slot_clear(t->model, slot);
+        runs[n_runs] = (struct model_run){
+            .slot = slot, .n_rows = left < room ? left : room, .tokens = pack->tokens + from};
+        *n += runs[n_runs++].n_rows;
+    }
+    return n_runs;
+}
+
 enum err teacher_read(struct teacher *t, const struct pack *pack, int n_rows, int64_t seed,
                       int stream, int64_t number, struct lesson *out, double *share, char *msg,
                       size_t msg_len) {
@@ -143,26 +186,6 @@ enum err teacher_read(struct teacher *t, const struct pack *pack, int n_rows, in
     t->n_tokens = pack->n;
     t->n_rows =
         teacher_rows(&t->attention, pack, n_rows, seed, stream, number, t->rows, t->scratch, share);
-    model_set_tap(t->model, take, t);
-    t->next_row = 0;
-    enum err e = OK;
-    for (int d = 0; !e && d < pack->n_documents; d++) {
-        model_slot_clear(t->model, 0);
-        for (int i = pack->first[d]; !e && i < pack->first[d + 1]; i += CHUNK) {
-            int left = pack->first[d + 1] - i;
-            struct model_run run = {.n_rows = left < CHUNK ? left : CHUNK,
-                                    .tokens = pack->tokens + i};
-            const float *none;
-            t->at = i;
-            while (t->next_row < t->n_rows && t->rows[t->next_row] < i)
-                t->next_row++;
-            e = model_step(t->model, &run, 1, &none);
-        }
-    }
-    model_set_tap(t->model, NULL, NULL);
-    if (e)
-        return err_set(msg, msg_len, e, "%s: the model refused to read a text of %d tokens (%s)",
-                       model_info(t->model)->name, pack->n, err_name(e));
     bool rope = model_rope(t->model);
     *out = (struct lesson){.n_tokens = pack->n,
                            .n_documents = pack->n_documents,
@@ -175,5 +198,23 @@ enum err teacher_read(struct teacher *t, const struct pack *pack, int n_rows, in
                            .sines = rope ? t->sines : NULL,
                            .far_cosines = t->far_cosines,
                            .far_sines = t->far_sines};
+    if (t->device) gpu_lesson_begin(t->device, out);
+    model_set_tap(t->model, t->device ? take_on_device : take, t);
+    enum err e = OK;
+    int document = 0, n = 0;
+    t->next_row = 0;
+    for (t->at = 0; !e && t->at < pack->n; t->at += n) {
+        struct model_run runs[TEACHER_DEVICE_SLOTS];
+        const float *none;
+        int n_runs = next_step(t, pack, &document, runs, &n);
+        e = model_step(t->model, runs, n_runs, &none);
+        while (t->next_row < t->n_rows && t->rows[t->next_row] < t->at + n)
+            t->next_row++;
+    }
+    model_set_tap(t->model, NULL, NULL);
+    if (!e && t->device) e = gpu_lesson_download(t->device, t->kv, t->q);
+    if (e)
+        return err_set(msg, msg_len, e, "%s: the model refused to read a text of %d tokens (%s)",
+                       model_info(t->model)->name, pack->n, err_name(e));
     return OK;
 }

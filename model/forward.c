@@ -114,6 +114,11 @@ void model_set_tap(struct model *m, void (*fn)(void *arg, int layer, const float
                    void *arg) {
     m->tap = fn;
     m->tap_arg = arg;
+    if (m->gpu) gpu_model_set_tap(m->gpu, fn, arg);
+}
+
+struct gpu *model_gpu(const struct model *m) {
+    return m->gpu ? gpu_model_gpu(m->gpu) : NULL;
 }
 
 /* ---- the step ---- */

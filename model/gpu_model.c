@@ -38,6 +38,8 @@ struct gpu_model {
     int n_slots, max_rows, max_logits, max_runs, max_bucket;
     bool bf16; /* what products read; fp32 weights: fp32 */
     enum gpu_activation activation;
+    void (*tap)(void *arg, int layer, const float *qkv, int n_rows); /* or NULL */
+    void *tap_arg;
 
     struct gpu_matrix *embed, *head, *position; /* head may be embed */
     struct gpu_norm norm;
@@ -385,6 +387,16 @@ size_t gpu_model_weight_bytes(const struct gpu_model *m) {
     return m->weight_bytes;
 }
 
+struct gpu *gpu_model_gpu(const struct gpu_model *m) {
+    return m->gpu;
+}
+
+void gpu_model_set_tap(struct gpu_model *m,
+                       void (*fn)(void *arg, int layer, const float *qkv, int n_rows), void *arg) {
+    m->tap = fn;
+    m->tap_arg = arg;
+}
+
 /* ---- slots ---- */
 
 void gpu_model_slot_clear(struct gpu_model *m, int slot) {
@@ -503,6 +515,7 @@ static void read_prompts(struct gpu_model *m, int n_runs, int n_rows, int n_logi
     embed(m, n_rows, &m->layers[0].attn_norm);
     for (int i = 0; i < n_layers; i++) {
         project_qkv(m, i, n_rows, GPU_PROMPT);
+        if (m->tap) m->tap(m->tap_arg, i, m->qkv, n_rows);
         gpu_attention_prompt_layer(m->attention, i, &rows);
         if (i + 1 < n_layers) finish_layer(m, i, n_rows, GPU_PROMPT);
     }

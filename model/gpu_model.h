@@ -42,6 +42,11 @@ enum err gpu_model_slot_save(struct gpu_model *m, int slot, void *out);
 enum err gpu_model_slot_load(struct gpu_model *m, int slot, const void *state, size_t bytes, char *msg, size_t msg_len);
 void gpu_model_count_prompt(struct gpu_model *m, int slot, const int32_t *tokens, int n);
 
+struct gpu *gpu_model_gpu(const struct gpu_model *m); /* borrowed */
+
+/* model_set_tap(), for rows of prompts. */
+void gpu_model_set_tap(struct gpu_model *m, void (*fn)(void *arg, int layer, const float *qkv, int n_rows), void *arg);
+
 /* Runs whose bounds have been checked.  draws and logits as in model_step_draw; either may be NULL. */
 enum err gpu_model_step(struct gpu_model *m, const struct model_run *runs, int n_runs, const struct model_draws *draws,
                         const struct gpu_drawn **drawn, const float **logits);

@@ -54,6 +54,16 @@ size_t gpu_model_weight_bytes(const struct gpu_model *m) {
     assert(0);
     return 0;
 }
+struct gpu *gpu_model_gpu(const struct gpu_model *m) {
+    (void)m;
+    assert(0);
+    return NULL;
+}
+void gpu_model_set_tap(struct gpu_model *m,
+                       void (*fn)(void *arg, int layer, const float *qkv, int n_rows), void *arg) {
+    (void)m, (void)fn, (void)arg;
+    assert(0);
+}
 void gpu_model_slot_clear(struct gpu_model *m, int slot) {
     (void)m, (void)slot;
     assert(0);

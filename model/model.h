@@ -97,9 +97,10 @@ struct model_profile { /* sums over steps, all layers together */
 };
 void model_set_profile(struct model *m, struct model_profile *profile); /* borrowed; added to by every step; NULL: off */
 
-/* ---- looking over its shoulder (the CPU's steps): what a teacher's layers attend with ---- */
+/* ---- looking over its shoulder: what a teacher's layers attend with ---- */
 /* fn is called from model_step once a layer, before its attention: qkv [n_rows][(n_heads + 2 n_kv_heads) head_dim], the rows of
- * the step in order, q, k and v of each before RoPE; borrowed for the call.  NULL: off. */
+ * the step in order, q, k and v of each before RoPE; borrowed for the call.  NULL: off.  On a GPU qkv is device memory that has
+ * its numbers when the stream gets there: fn queues what reads it.  There rows of prompts are shown, generated ones are not. */
 void model_set_tap(struct model *m, void (*fn)(void *arg, int layer, const float *qkv, int n_rows), void *arg);
 
 /* ---- draws on the device, where the model can ---- */
@@ -123,6 +124,7 @@ enum err model_step_draw(struct model *m, const struct model_run *runs, int n_ru
 /* Evaluation and tests, between steps: see attention.h; layers are numbered without those that kept softmax.  For loading golden cache sets and ablations.  On a GPU model_attention is
  * the twin that holds configuration and layout, and model_slot is NULL. */
 struct attention *model_attention(struct model *m);
+struct gpu *model_gpu(const struct model *m); /* the device that runs it, borrowed; NULL: the CPU does */
 const struct rope *model_rope(const struct model *m); /* NULL: the architecture has none */
 void *model_slot(struct model *m, int slot); /* the slot's block, for attention_* calls */
 

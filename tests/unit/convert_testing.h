@@ -78,7 +78,7 @@ static int convert_on(struct team *on, const char *const *args) {
         if (!strstr(said, says)) fail_msg("'%s' does not say '%s'", said, says);                   \
     } while (0)
 
-static bool is_there(const char *path) {
+static inline bool is_there(const char *path) {
     return access(path, F_OK) == 0;
 }
 

@@ -271,7 +271,7 @@ static void test_what_is_missing_or_malformed_is_named(void **state) {
     REFUSED("do not go together", "convert", STORIES, "--text", TEXT, "--out", in("out"), "--sinks",
             "65");
     REFUSED("--memory", "convert", STORIES, "--text", TEXT, "--out", in("out"), "--memory", "1M");
-    REFUSED("cuda", "convert", STORIES, "--text", TEXT, "--out", in("out"), "--device", "cuda");
+    REFUSED("without CUDA", "convert", STORIES, "--text", TEXT, "--out", in("out"), "--device", "cuda");
     write_text(in("bad.jsonl"), "{\"text\": \"a\"}\n{\"texts\": \"a\"}\n");
     REFUSED("bad.jsonl:2", "convert", STORIES, "--text", in("bad.jsonl"), "--out", in("out"));
     write_text(in("bad.jsonl"), "{\"text\": \"a\"}\n\n{\"text\": \n");
