@@ -1,7 +1,7 @@
 /* gpu_lesson.cu - rows of a step's q, k and v kept for the lesson, and what is made of them once.
  *
- *   take     to [n][n_floats] dense; from: n rows, from_row floats apart, all in order or those that
- *            `rows` names.  A block of 128 threads a row, 16 bytes a thread where rows are whole and
+ *   take     to [n][n_floats] dense; from: n rows, from_row floats apart, all in order or those
+ * that `rows` names.  A block of 128 threads a row, 16 bytes a thread where rows are whole and
  *            aligned.  Bound: 8 n n_floats bytes; SmolLM2's k and v of 1,024 tokens: 3 MB a layer.
  *            Twin: take() of teacher.c
  *   turn     x, y: of every layer n rows of n_heads D floats.  A block of 128 threads a row and
@@ -71,8 +71,8 @@ static __global__ void largest(float *most, const float *x, size_t x_layer, size
     most[layer * gridDim.x + head] = m;
 }
 
-void gpu_largest(struct gpu *g, float *most, const float *x, size_t x_layer, size_t x_row, int n_layers,
-                 int n, int n_heads, int head_dim) {
+void gpu_largest(struct gpu *g, float *most, const float *x, size_t x_layer, size_t x_row,
+                 int n_layers, int n, int n_heads, int head_dim) {
     if (!n_heads || !n_layers) return;
     LAUNCH(g, largest, dim3((unsigned)n_heads, (unsigned)n_layers), THREADS,
            THREADS / 32 * sizeof(float), most, x, x_layer, x_row, n, head_dim);

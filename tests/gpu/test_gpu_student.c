@@ -1,0 +1,544 @@
+/* test_gpu_student.c - losses and gradients of attention transfer on a device beside student.c's.
+ */
+#include "attention/rope.h"
+#include "compute/cpu.h"
+#include "convert/gpu_kernels.h"
+#include "convert/gpu_student.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "tests/emu/emu.h"
+
+static struct gpu *gpu;
+
+static float uniform(uint32_t *state) { /* in [-1, 1) */
+    *state = *state * 1664525u + 1013904223u;
+    return (float)(*state >> 8) * 0x1p-23f - 1;
+}
+static float *uniforms(size_t n, float size, uint32_t seed) {
+    float *x = malloc((n + 1) * sizeof *x);
+    assert_non_null(x);
+    for (size_t i = 0; i < n; i++)
+        x[i] = size * uniform(&seed);
+    return x;
+}
+static void *on_device(const void *from, size_t bytes) {
+    void *at;
+    assert_int_equal(gpu_alloc(gpu, &at, bytes), OK);
+    gpu_upload(gpu, at, from, bytes);
+    assert_int_equal(gpu_wait(gpu), OK);
+    return at;
+}
+static float *nans(size_t n) {
+    float *x = malloc(n * sizeof *x);
+    assert_non_null(x);
+    memset(x, 0xff, n * sizeof *x);
+    return x;
+}
+static float *nans_on_device(size_t n) {
+    float *x = nans(n), *at = on_device(x, n * sizeof *x);
+    free(x);
+    return at;
+}
+
+/* ---- lessons ---- */
+enum { LAYERS = 3 };
+
+struct shape {
+    int H, KV, D, f, n_documents, T, R;
+    const int *first, *rows;
+};
+
+/* A tile and a bit of rows, of documents of 20 and 41 tokens. */
+static const int small_first[] = {0, 20, 61};
+static const int small_rows[] = {3,  7,  11, 15, 19, 21, 22, 24, 26, 28, 30, 31,
+                                 33, 35, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46,
+                                 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 60};
+static const struct shape small = {4, 2, 6, 5, 2, 61, 35, small_first, small_rows};
+
+/* Three key tiles; tiles of rows that end in the middle of them, and documents that no row is of.
+ */
+static const int many_first[] = {0, 70, 75, 131, 150, 203};
+static const int many_rows[] = {9, 30, 64, 69, 76, 80, 99, 130, 131, 149, 151, 160, 199, 202};
+static const struct shape many = {6, 3, 8, 8, 5, 203, 14, many_first, many_rows};
+
+/* The heads of real models: 64 wide, six of them. */
+static const int one_first[] = {0, 97};
+static const int one_rows[] = {20, 64, 96};
+static const struct shape wide = {2, 1, 64, 64, 1, 97, 3, one_first, one_rows};
+
+static struct attention_config config(const struct shape *s, enum feature_map map,
+                                      enum mixing mixing, enum window_rule window, bool per_query,
+                                      bool before_rope) {
+    return (struct attention_config){.kind = ATTENTION_HEDGEHOG,
+                                     .n_heads = s->H,
+                                     .n_kv_heads = s->KV,
+                                     .head_dim = s->D,
+                                     .map = map,
+                                     .features = s->f,
+                                     .key_map_per_query_head = per_query,
+                                     .window = window,
+                                     .window_size = window == WINDOW_NONE ? 0 : 4,
+                                     .sinks = window == WINDOW_NONE ? 0 : 2,
+                                     .mixing = mixing,
+                                     .map_before_rope = before_rope,
+                                     .max_distance = before_rope ? 15 : 0};
+}
+
+struct taught { /* a lesson on the host, the same on the device, and parameters */
+    struct attention_config c;
+    struct lesson lesson;
+    struct gpu_lesson *device;
+    float *kv, *q, *cosines, *sines, *far, *params;
+    size_t n_params;
+};
+
+static void fill_device(struct taught *t, const float *kv, const float *q) {
+    size_t layers = LAYERS, heads = (size_t)t->c.n_heads, kv_heads = (size_t)t->c.n_kv_heads,
+           D = (size_t)t->c.head_dim;
+    gpu_lesson_begin(t->device, &t->lesson);
+    gpu_upload(gpu, t->device->kv, kv, layers * (size_t)t->lesson.n_tokens * 2 * kv_heads * D * 4);
+    gpu_upload(gpu, t->device->q, q, layers * (size_t)t->lesson.n_rows * heads * D * 4);
+    assert_int_equal(gpu_wait(gpu), OK);
+}
+
+static struct taught teach(const struct shape *s, struct attention_config c, bool rope) {
+    size_t D = (size_t)s->D, T = (size_t)s->T, kv = LAYERS * T * 2 * (size_t)s->KV * D,
+           q = LAYERS * (size_t)s->R * (size_t)s->H * D;
+    struct taught t = {.c = c,
+                       .kv = uniforms(kv, 1.5f, 1),
+                       .q = uniforms(q, s->D > 8 ? 1 : 2.5f, 2),
+                       .cosines = nans(T * D / 2),
+                       .sines = nans(T * D / 2),
+                       .far = nans(D),
+                       .n_params = student_params(&c)};
+    struct rope *r;
+    assert_int_equal(rope_new(&r, &(struct rope_config){.head_dim = s->D, .base = 100}, NULL, 0),
+                     OK);
+    for (int p = 0; p < s->T; p++)
+        rope_angles(r, p, t.cosines + (size_t)p * D / 2, t.sines + (size_t)p * D / 2);
+    rope_angles(r, c.max_distance, t.far, t.far + D / 2);
+    rope_free(r);
+    t.lesson = (struct lesson){.n_tokens = s->T,
+                               .n_documents = s->n_documents,
+                               .n_rows = s->R,
+                               .first = s->first,
+                               .rows = s->rows,
+                               .kv = t.kv,
+                               .q = t.q,
+                               .cosines = rope ? t.cosines : NULL,
+                               .sines = rope ? t.sines : NULL,
+                               .far_cosines = t.far,
+                               .far_sines = t.far + D / 2};
+    t.params = uniforms(LAYERS * t.n_params, s->D > 8 ? 0.15f : 0.4f, 3);
+    for (size_t l = 0; l < LAYERS; l++)
+        for (size_t i = student_mix(&c); i < t.n_params; i++)
+            t.params[l * t.n_params + i] -= 1;
+    const float *const angles[] = {t.cosines, t.sines}, *const far[] = {t.far, t.far + D / 2};
+    assert_int_equal(gpu_lesson_new(&t.device, gpu, &c, LAYERS, s->T, s->R, rope ? angles : NULL,
+                                    rope ? far : NULL),
+                     OK);
+    fill_device(&t, t.kv, t.q);
+    return t;
+}
+
+static void forget(struct taught *t) {
+    float *all[] = {t->kv, t->q, t->cosines, t->sines, t->far, t->params};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        free(all[i]);
+    gpu_lesson_free(t->device);
+}
+
+static struct gpu_student *new_student(const struct taught *t, const bool *softmax, size_t memory) {
+    struct gpu_student *s;
+    assert_int_equal(gpu_student_new(&s, gpu, &t->c, LAYERS, softmax, t->lesson.n_tokens,
+                                     t->lesson.n_rows, memory),
+                     OK);
+    return s;
+}
+
+/* ---- all of it beside student.c ---- */
+
+static void learn_on_cpu(const struct taught *t, float *grads, const struct student_loss *loss,
+                         bool outputs, struct student_sums *sums) {
+    struct student_scratch *scratch;
+    size_t heads = (size_t)t->c.n_heads;
+    assert_int_equal(student_scratch_new(&scratch, &t->c, t->lesson.n_tokens, t->lesson.n_rows),
+                     OK);
+    for (int l = 0; l < LAYERS; l++)
+        for (int g = 0; g < t->c.n_kv_heads; g++)
+            student_learn(&t->c, &t->lesson, l, g, t->params + (size_t)l * t->n_params,
+                          grads ? grads + (size_t)l * t->n_params : NULL, loss, outputs,
+                          sums + (size_t)l * heads, scratch);
+    student_scratch_free(scratch);
+}
+
+/* Both are fp32: sums of up to 203 terms, logarithms and exponentials to a few ulp.  A row's
+ * numbers are of order 1 and either's within 3e-6 of the definition, gradients within 2e-5 of the
+ * largest of a layer (test_convert_student.c): twice that. */
+static void compare(const struct taught *t, const float *want, const float *got,
+                    const struct student_sums *sums, const struct student_sums *device_sums) {
+    for (size_t l = 0; l < LAYERS; l++) {
+        float largest = 0;
+        const float *a = want + l * t->n_params, *b = got + l * t->n_params;
+        for (size_t i = 0; i < t->n_params; i++)
+            largest = fmaxf(largest, fabsf(a[i]));
+        assert_true(largest > 1e-5f); /* there is something to compare */
+        for (size_t i = 0; i < t->n_params; i++)
+            if (!(fabsf(a[i] - b[i]) <= 4e-5f * largest))
+                fail_msg("layer %zu, parameter %zu of %zu (keys from %zu, mix from %zu): %.9g, not "
+                         "%.9g; the largest is %.3g",
+                         l, i, t->n_params, student_map_k(&t->c), student_mix(&t->c), (double)b[i],
+                         (double)a[i], (double)largest);
+    }
+    for (int h = 0; h < LAYERS * t->c.n_heads; h++) {
+        const double *a = (const double *)&sums[h], *b = (const double *)&device_sums[h];
+        for (int i = 0; i < GPU_SUMS; i++)
+            if (!(fabs(a[i] - b[i]) <= 6e-6 * (fabs(a[i]) + sums[h].n_rows)))
+                fail_msg("head %d, sum %d: %.9g, not %.9g", h, i, b[i], a[i]);
+    }
+}
+
+static void check_loss(struct taught *t, struct gpu_student *s, struct student_loss loss) {
+    size_t heads = LAYERS * (size_t)t->c.n_heads, n = LAYERS * t->n_params;
+    float *want = calloc(n, sizeof *want), *got = calloc(n, sizeof *got);
+    struct student_sums *sums = calloc(heads, sizeof *sums), *ours = calloc(heads, sizeof *ours);
+    float *bad_kv = nans(LAYERS * (size_t)t->lesson.n_tokens * 2 *
+                         (size_t)(t->c.n_kv_heads * t->c.head_dim)),
+          *bad_q = nans(LAYERS * (size_t)t->lesson.n_rows * (size_t)(t->c.n_heads * t->c.head_dim));
+    fill_device(t, bad_kv, bad_q); /* leaves NaN everywhere */
+    assert_int_equal(gpu_student_learn(s, t->device, t->params, got, &loss, true, ours), OK);
+    memset(got, 0, n * sizeof *got);
+    memset(ours, 0, heads * sizeof *ours);
+    fill_device(t, t->kv, t->q);
+    learn_on_cpu(t, want, &loss, loss.mse > 0, sums);
+    assert_int_equal(gpu_student_learn(s, t->device, t->params, got, &loss, loss.mse > 0, ours),
+                     OK);
+    compare(t, want, got, sums, ours);
+
+    memset(sums, 0, heads * sizeof *sums); /* the same without gradients, with outputs */
+    memset(ours, 0, heads * sizeof *ours);
+    learn_on_cpu(t, NULL, &loss, true, sums);
+    assert_int_equal(gpu_student_learn(s, t->device, t->params, NULL, &loss, true, ours), OK);
+    compare(t, want, got, sums, ours);
+    assert_true(ours[0].energy > 0);
+    free(want), free(got), free(sums), free(ours), free(bad_kv), free(bad_q);
+}
+
+static void check(const struct shape *shape, struct attention_config c, bool rope,
+                  struct student_loss loss) {
+    struct taught t = teach(shape, c, rope);
+    struct gpu_student *s = new_student(&t, NULL, 0);
+    check_loss(&t, s, loss);
+    gpu_student_free(s);
+    forget(&t);
+}
+
+static const struct student_loss rows_loss = {.ce = 1, .share = 0.5f},
+                                 outputs_loss = {.mse = 3, .share = 1},
+                                 both = {.ce = 0.7f, .mse = 2, .share = 1};
+
+static void test_the_exp_map_learns_as_on_the_cpu(void **state) {
+    (void)state;
+    check(&small, config(&small, MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, false, true), true,
+          rows_loss);
+    check(&small, config(&small, MAP_EXP, MIXING_UNIFIED, WINDOW_SLIDING, false, true), true, both);
+    check(&small, config(&small, MAP_EXP, MIXING_LOLCATS, WINDOW_TERRACED, false, false), true,
+          both);
+    check(&many, config(&many, MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, false, true), true, both);
+    check(&wide, config(&wide, MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, false, true), true,
+          rows_loss);
+}
+
+static void test_lolcats_learns_as_on_the_cpu(void **state) {
+    (void)state;
+    check(&small, config(&small, MAP_SOFTMAX2, MIXING_LOLCATS, WINDOW_TERRACED, true, false), true,
+          outputs_loss);
+    check(&many, config(&many, MAP_SOFTMAX2, MIXING_LOLCATS, WINDOW_SLIDING, false, true), true,
+          both);
+}
+
+static void test_other_maps_no_window_and_no_rope_learn_as_on_the_cpu(void **state) {
+    (void)state;
+    check(&small, config(&small, MAP_JOINT_SOFTMAX, MIXING_UNIFIED, WINDOW_TERRACED, true, true),
+          true, both);
+    check(&many, config(&many, MAP_EXP, MIXING_UNIFIED, WINDOW_NONE, true, false), true, both);
+    check(&small, config(&small, MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, false, true), false,
+          both);
+}
+
+/* Keys so large that exp is cut at 30, queries that would overflow without their shift. */
+static void test_large_projections_are_cut_as_on_the_cpu(void **state) {
+    (void)state;
+    struct attention_config c =
+        config(&small, MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, false, true);
+    struct taught t = teach(&small, c, true);
+    for (size_t i = student_map_k(&c); i < student_mix(&c); i++)
+        t.params[i] *= 22;
+    for (size_t i = 0; i < student_map_k(&c); i++)
+        t.params[i] *= 30;
+    struct gpu_student *s = new_student(&t, NULL, 0);
+    check_loss(&t, s, rows_loss);
+    gpu_student_free(s);
+    forget(&t);
+}
+
+/* ---- what changes no bit ---- */
+
+static void learn_on_device(const struct taught *t, struct gpu_student *s, float *grads,
+                            struct student_sums *sums) {
+    memset(grads, 0, LAYERS * t->n_params * sizeof *grads);
+    memset(sums, 0, LAYERS * (size_t)t->c.n_heads * sizeof *sums);
+    assert_int_equal(gpu_student_learn(s, t->device, t->params, grads, &both, true, sums), OK);
+}
+
+static void test_neither_memory_nor_order_nor_other_layers_change_a_bit(void **state) {
+    (void)state;
+    struct taught t =
+        teach(&many, config(&many, MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, false, true), true);
+    size_t heads = LAYERS * (size_t)t.c.n_heads, n = LAYERS * t.n_params,
+           one = gpu_student_layer_bytes(&t.c, t.lesson.n_tokens, t.lesson.n_rows);
+    float *want = calloc(n, sizeof *want), *got = calloc(n, sizeof *got);
+    struct student_sums *sums = calloc(heads, sizeof *sums), *ours = calloc(heads, sizeof *ours);
+    const bool middle[LAYERS] = {false, true, false};
+    struct gpu_student *s = new_student(&t, NULL, 0);
+    learn_on_device(&t, s, want, sums);
+    for (int way = 0; way < 4; way++) {
+        struct gpu_student *other = new_student(&t, way == 3 ? middle : NULL,
+                                                way == 1   ? one
+                                                : way == 2 ? 2 * one + 300
+                                                           : 0);
+        emu_set_order(way == 0 ? 2 : 0, 11);
+        learn_on_device(&t, other, got, ours);
+        emu_set_order(0, 0);
+        for (size_t l = 0; l < LAYERS; l++) {
+            if (way == 3 && middle[l]) { /* has nothing to learn */
+                for (size_t i = 0; i < t.n_params; i++)
+                    assert_true(got[l * t.n_params + i] == 0);
+                continue;
+            }
+            size_t h = (size_t)t.c.n_heads;
+            assert_memory_equal(got + l * t.n_params, want + l * t.n_params,
+                                t.n_params * sizeof *got);
+            assert_memory_equal(ours + l * h, sums + l * h, h * sizeof *sums);
+        }
+        gpu_student_free(other);
+    }
+    /* gradients and sums are added */
+    assert_int_equal(gpu_student_learn(s, t.device, t.params, got, &both, true, ours), OK);
+    assert_true(got[0] == 2 * want[0] && ours[0].kl == 2 * sums[0].kl);
+    gpu_student_free(s);
+    free(want), free(got), free(sums), free(ours);
+    forget(&t);
+}
+
+static void test_what_does_not_fit_is_refused(void **state) {
+    (void)state;
+    struct taught t =
+        teach(&small, config(&small, MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, false, true), true);
+    struct gpu_student *s = NULL;
+    size_t one = gpu_student_layer_bytes(&t.c, t.lesson.n_tokens, t.lesson.n_rows);
+    assert_int_equal(
+        gpu_student_new(&s, gpu, &t.c, LAYERS, NULL, t.lesson.n_tokens, t.lesson.n_rows, one - 1),
+        ERR_NOMEM);
+    assert_null(s);
+    forget(&t);
+}
+
+static void test_the_largest_are_exact(void **state) {
+    (void)state;
+    struct taught t =
+        teach(&many, config(&many, MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, false, true), true);
+    struct gpu_student *s = new_student(&t, NULL, 0);
+    const struct shape *m = &many;
+    float q[LAYERS * 6], k[LAYERS * 3];
+    memset(q, 0xff, sizeof q), memset(k, 0xff, sizeof k);
+    assert_int_equal(gpu_student_largest(s, t.device, q, k), OK);
+    for (int l = 0; l < LAYERS; l++)
+        for (int h = 0; h < m->H; h++) {
+            float most = 0, most_k = 0;
+            for (int r = 0; r < m->R * m->D; r++)
+                most =
+                    fmaxf(most, fabsf(t.q[((l * m->R + r / m->D) * m->H + h) * m->D + r % m->D]));
+            assert_true(most == q[l * m->H + h]);
+            if (h >= m->KV) continue;
+            for (int r = 0; r < m->T * m->D; r++)
+                most_k = fmaxf(
+                    most_k, fabsf(t.kv[((l * m->T + r / m->D) * 2 * m->KV + h) * m->D + r % m->D]));
+            assert_true(most_k == k[l * m->KV + h]);
+        }
+    gpu_student_free(s);
+    forget(&t);
+}
+
+/* ---- products ---- */
+
+/* A sum of n fused terms errs by at most n 2^-24 of the sum of magnitudes. */
+static void check_product(int m, int n, int k, int n_terms, int a_first, int b_first, int add) {
+    enum { HEADS = 2, PER = 2 };
+    int terms = HEADS * n_terms;
+    size_t a_n = (size_t)(m + 2) * (size_t)(k + 3), b_n = (size_t)(k + 1) * (size_t)(n + 2),
+           c_n = (size_t)m * (size_t)(n + 1);
+    float *a = uniforms(2 * (size_t)terms * a_n, 1, 5),
+          *b = uniforms(2 * (size_t)terms * b_n, 1, 6),
+          *c = add ? uniforms(2 * HEADS * c_n, 1, 7) : nans(2 * HEADS * c_n);
+    float *a_at = on_device(a, 2 * (size_t)terms * a_n * 4),
+          *b_at = on_device(b, 2 * (size_t)terms * b_n * 4),
+          *c_at = on_device(c, 2 * HEADS * c_n * 4), *got = nans(2 * HEADS * c_n);
+    struct gpu_product p = {.a = {a_at, (size_t)terms * a_n, a_n, 1, a_first ? 1 : (size_t)k + 3,
+                                  a_first ? (size_t)m + 2 : 1},
+                            .b = {b_at, (size_t)terms * b_n, b_n, PER, b_first ? 1 : (size_t)n + 2,
+                                  b_first ? (size_t)k + 1 : 1},
+                            .c = {c_at, HEADS * c_n, c_n, 1, (size_t)n + 1, 1},
+                            .m = m,
+                            .n = n,
+                            .k = k,
+                            .n_layers = 2,
+                            .n_heads = HEADS,
+                            .n_terms = n_terms,
+                            .add = add};
+    gpu_products(gpu, &p);
+    gpu_download(gpu, got, c_at, 2 * HEADS * c_n * 4);
+    assert_int_equal(gpu_wait(gpu), OK);
+    for (size_t z = 0; z < 2 * HEADS; z++)
+        for (int i = 0; i < m; i++)
+            for (int j = 0; j <= n; j++) {
+                size_t at = z * c_n + (size_t)i * (size_t)(n + 1) + (size_t)j;
+                if (j == n) { /* between rows nothing is written */
+                    assert_memory_equal(&got[at], &c[at], 4);
+                    continue;
+                }
+                double sum = add ? (double)c[at] : 0, size = fabs(sum);
+                for (int t = 0; t < n_terms; t++) {
+                    size_t layer = z / HEADS, head = z % HEADS * (size_t)n_terms + (size_t)t;
+                    const float *x = a + layer * p.a.layer + head * a_n,
+                                *y = b + layer * p.b.layer + head / PER * b_n;
+                    for (int l = 0; l < k; l++) {
+                        double term = (double)x[(size_t)i * p.a.row + (size_t)l * p.a.column] *
+                                      (double)y[(size_t)l * p.b.row + (size_t)j * p.b.column];
+                        sum += term, size += fabs(term);
+                    }
+                }
+                assert_true(fabs((double)got[at] - sum) <= (n_terms * k + 2) * 0x1p-24 * size);
+            }
+    void *device[] = {a_at, b_at, c_at};
+    for (int i = 0; i < 3; i++)
+        gpu_release(gpu, device[i]);
+    free(a), free(b), free(c), free(got);
+}
+
+static void test_products_are_those_of_double_sums(void **state) {
+    (void)state;
+    for (int order = 0; order <= 2; order += 2) {
+        emu_set_order(order, 3);
+        check_product(1, 1, 1, 1, 0, 0, 0);
+        check_product(33, 65, 17, 1, 0, 0, 0);
+        check_product(31, 70, 40, 1, 0, 1, 0);
+        check_product(40, 5, 33, 3, 1, 0, 0);
+        check_product(7, 66, 16, 2, 1, 0, 1);
+        emu_set_order(0, 0);
+    }
+}
+
+/* Rows 0 .. 31 see keys 64 .. 127, 32 .. 39 see 128 .. 191: elsewhere there is NaN, and there NaN
+ * stays. */
+static void test_products_keep_to_their_spans(void **state) {
+    (void)state;
+    enum { R = 40, T = 190, F = 5 };
+    static const int spans[] = {64, 128, 128, 192},
+                     seen_by[] = {0, 0, 0, 0, 0, 32, 0, 32, 32, 64, 32, 64};
+    const int *spans_at = on_device(spans, sizeof spans),
+              *seen_at = on_device(seen_by, sizeof seen_by);
+    float *rows = uniforms(R * F, 1, 1), *keys = uniforms(T * F, 1, 2), *grid = nans(R * T),
+          got[R * T];
+    float *rows_at = on_device(rows, R * F * 4), *keys_at = on_device(keys, T * F * 4),
+          *grid_at = on_device(grid, R * T * 4), *back_at = nans_on_device(T * F), back[T * F];
+    struct gpu_operand by_rows = {rows_at, 0, 0, 1, F, 1}, by_keys = {keys_at, 0, 0, 1, F, 1},
+                       both_ways = {grid_at, 0, 0, 1, T, 1}, keys_t = {keys_at, 0, 0, 1, 1, F},
+                       grid_t = {grid_at, 0, 0, 1, 1, T}, to_rows = {back_at, 0, 0, 1, F, 1};
+    struct gpu_product p = {.c = both_ways,
+                            .a = by_rows,
+                            .b = keys_t,
+                            .m = R,
+                            .n = T,
+                            .k = F,
+                            .n_layers = 1,
+                            .n_heads = 1,
+                            .n_terms = 1,
+                            .limit = GPU_COLUMNS,
+                            .spans = spans_at};
+    gpu_products(gpu, &p);
+    gpu_download(gpu, got, grid_at, sizeof got);
+    assert_int_equal(gpu_wait(gpu), OK);
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++)
+            assert_int_equal(isnan(got[r * T + t]),
+                             t < spans[r / 32 * 2] || t >= spans[r / 32 * 2 + 1]);
+    p = (struct gpu_product){.c = to_rows,
+                             .a = both_ways,
+                             .b = by_keys,
+                             .m = R,
+                             .n = F,
+                             .k = T,
+                             .n_layers = 1,
+                             .n_heads = 1,
+                             .n_terms = 1,
+                             .limit = GPU_TERMS,
+                             .spans = spans_at};
+    for (int way = 0; way < 2; way++) { /* sums over keys, then over rows */
+        int n = way ? T : R, other = way ? R : T;
+        gpu_products(gpu, &p);
+        gpu_download(gpu, back, back_at, (size_t)(n * F) * 4);
+        assert_int_equal(gpu_wait(gpu), OK);
+        for (int i = 0; i < n; i++)
+            for (int f = 0; f < F; f++) {
+                double sum = 0, size = 0;
+                for (int j = 0; j < other; j++) {
+                    float x = way ? got[j * T + i] : got[i * T + j];
+                    double term = isnan(x) ? 0 : (double)x * (double)(way ? rows : keys)[j * F + f];
+                    sum += term, size += fabs(term);
+                }
+                assert_true(fabs((double)back[i * F + f] - sum) <= T * 0x1p-24 * size);
+            }
+        p = (struct gpu_product){.c = to_rows,
+                                 .a = grid_t,
+                                 .b = by_rows,
+                                 .m = T,
+                                 .n = F,
+                                 .k = R,
+                                 .n_layers = 1,
+                                 .n_heads = 1,
+                                 .n_terms = 1,
+                                 .limit = GPU_ROWS,
+                                 .spans = seen_at};
+    }
+    void *device[] = {(void *)spans_at, (void *)seen_at, rows_at, keys_at, grid_at, back_at};
+    for (int i = 0; i < 6; i++)
+        gpu_release(gpu, device[i]);
+    free(rows), free(keys), free(grid);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_products_are_those_of_double_sums),
+        cmocka_unit_test(test_products_keep_to_their_spans),
+        cmocka_unit_test(test_the_exp_map_learns_as_on_the_cpu),
+        cmocka_unit_test(test_lolcats_learns_as_on_the_cpu),
+        cmocka_unit_test(test_other_maps_no_window_and_no_rope_learn_as_on_the_cpu),
+        cmocka_unit_test(test_large_projections_are_cut_as_on_the_cpu),
+        cmocka_unit_test(test_neither_memory_nor_order_nor_other_layers_change_a_bit),
+        cmocka_unit_test(test_what_does_not_fit_is_refused),
+        cmocka_unit_test(test_the_largest_are_exact),
+    };
+    char msg[200];
+    if (gpu_open(&gpu, msg, sizeof msg)) return 1;
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    gpu_close(gpu);
+    return failed;
+}
