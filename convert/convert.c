@@ -109,8 +109,8 @@ static enum err open_base(struct conversion *c) {
 static void tell_device(const struct conversion *c) {
     bool fine = c->run.recipe.finetune.method != FINETUNE_NONE;
     if (!model_gpu(c->model)) return;
-    fprintf(stderr, "the base reads on %s, the maps learn on the CPU%s\n", c->run.base->device,
-            fine ? ", and fine-tuning stays there" : "");
+    fprintf(stderr, "attention transfer on %s%s\n", c->run.base->device,
+            fine ? "; fine-tuning will be the CPU's" : "");
 }
 
 static enum err open_corpus(struct conversion *c) {
@@ -163,12 +163,14 @@ static enum err check_memory(struct conversion *c) {
     const struct recipe *r = &c->run.recipe;
     const struct model_info *i = c->run.base;
     size_t limit = (size_t)c->settings->memory_mb << 20;
+    bool gpu = model_gpu(c->model); /* it has memory of its own */
     size_t teacher =
-        teacher_bytes(i, c->max_tokens, c->max_rows); /* gone before fine-tuning begins */
-    size_t need = (teacher > c->fine_bytes ? teacher : c->fine_bytes) +
-                  training_bytes(r, i->n_layers, team_size(c->team), c->max_tokens, c->max_rows) +
-                  (64u << 20); /* the program, a step's rows, the tokenizer */
-    if (!model_gpu(c->model)) need += i->weight_bytes + i->slot_bytes;
+        gpu ? 0 : teacher_bytes(i, c->max_tokens, c->max_rows); /* gone before fine-tuning begins */
+    size_t need =
+        (teacher > c->fine_bytes ? teacher : c->fine_bytes) +
+        training_bytes(r, i->n_layers, gpu ? 0 : team_size(c->team), c->max_tokens, c->max_rows) +
+        (64u << 20); /* the program, a step's rows, the tokenizer */
+    if (!gpu) need += i->weight_bytes + i->slot_bytes;
     if (need < i->weight_bytes) need = i->weight_bytes; /* on their way to a device */
     if (!limit || need <= limit) return OK;
     return FAIL(c, ERR_ARG,
@@ -186,11 +188,17 @@ static enum err take_room(struct conversion *c) {
     run->fine_curve = calloc((size_t)r->finetune.steps + 1, sizeof *run->fine_curve);
     run->before = calloc(heads, sizeof *run->before);
     run->after = calloc(heads, sizeof *run->after);
-    if (!run->curve || !run->fine_curve || !run->before || !run->after ||
-        teacher_new(&c->teacher, c->model, &r->attention, c->max_tokens, c->max_rows) ||
-        training_new(&run->training, r, i->n_layers, c->team, c->max_tokens, c->max_rows))
-        return no_memory(c);
-    return OK;
+    if (!run->curve || !run->fine_curve || !run->before || !run->after) return no_memory(c);
+    struct gpu *gpu = model_gpu(c->model);
+    enum err e = teacher_new(&c->teacher, c->model, &r->attention, c->max_tokens, c->max_rows);
+    if (!e)
+        e = training_new(&run->training, r, i->n_layers, c->team, gpu, c->max_tokens, c->max_rows);
+    if (e && gpu)
+        return FAIL(c, e,
+                    "%s has no room beside the base for sequences of %d tokens; shorter ones need "
+                    "less (--long-length %d, --length %d)",
+                    i->device, c->max_tokens, r->long_length, r->length);
+    return e ? no_memory(c) : OK;
 }
 
 /* ---- reading and learning ---- */
@@ -219,6 +227,14 @@ static enum err read_pack(struct conversion *c, int stream, int64_t number, bool
     return e;
 }
 
+/* What training says, where a device learns. */
+static enum err learned(struct conversion *c, enum err e) {
+    if (e == ERR_DEVICE)
+        return FAIL(c, e, "%s failed (%s); %s/checkpoint is from before", c->run.base->device,
+                    training_device_error(c->run.training), c->folder);
+    return e ? no_memory(c) : OK;
+}
+
 /* The same few packs before and after, so that the two compare. */
 static enum err probe(struct conversion *c, struct student_sums *out) {
     struct training *t = c->run.training;
@@ -230,8 +246,9 @@ static enum err probe(struct conversion *c, struct student_sums *out) {
         double share;
         enum err e = read_pack(c, PACK_PROBE, i, false, &pack, &lesson, &share);
         if (e) return e;
-        training_measure(t, &lesson);
+        e = training_measure(t, &lesson);
         pack_free(&pack);
+        if (e) return learned(c, e);
         c->run.share += share / PROBES;
     }
     memcpy(out, t->sums, (size_t)t->n_layers * (size_t)t->n_heads * sizeof *out);
@@ -245,8 +262,9 @@ static enum err begin(struct conversion *c) {
     double share;
     enum err e = read_pack(c, PACK_CALIBRATE, 0, false, &pack, &lesson, &share);
     if (e) return e;
-    training_begin(c->run.training, &lesson);
+    e = training_begin(c->run.training, &lesson);
     pack_free(&pack);
+    if (e) return learned(c, e);
     if ((e = probe(c, c->run.before))) return e;
     double kl = training_kl(c->run.training, c->run.before);
     if (!isfinite(kl))
@@ -262,7 +280,9 @@ static double seconds_so_far(const struct conversion *c) {
 
 enum err conversion_save(struct conversion *c) {
     double begun = conversion_now();
-    enum err e = checkpoint_save(&c->run, seconds_so_far(c), c->msg, c->msg_len);
+    enum err e = training_fetch(c->run.training);
+    if (e) return learned(c, e);
+    e = checkpoint_save(&c->run, seconds_so_far(c), c->msg, c->msg_len);
     c->saved = conversion_now();
     c->saving = c->saved - begun;
     return e;
@@ -305,7 +325,10 @@ static enum err step(struct conversion *c) {
             read_pack(c, PACK_TRAIN, number, conversion_is_long(c, number), &pack, &lesson, &share);
         if (e) return e;
         training_clear_sums(t);
-        training_learn(t, &lesson);
+        if ((e = training_learn(t, &lesson))) {
+            pack_free(&pack);
+            return learned(c, e);
+        }
         point.kl += share * training_kl(t, t->sums) / r->accumulate;
         point.error += training_error(t, t->sums) / r->accumulate;
         point.tokens += pack.n;
@@ -313,6 +336,7 @@ static enum err step(struct conversion *c) {
     }
     int layer = 0;
     enum err e = training_step(t, &layer);
+    if (e == ERR_DEVICE) return learned(c, e);
     if (e || !isfinite(point.kl))
         return FAIL(c, ERR_ARG,
                     "step %lld: the gradient of layer %d is no number, so training was stopped; "
@@ -390,8 +414,10 @@ static enum err transfer(struct conversion *c) {
                                   recipe_rate(&run->recipe, done - 1) * run->recipe.lr, &stop);
         if (e || stop) return e;
     }
+    enum err e = training_fetch(run->training);
+    if (e) return learned(c, e);
     if (run->transferred) return OK;
-    enum err e = probe(c, run->after);
+    e = probe(c, run->after);
     run->transferred = !e;
     return e;
 }
@@ -400,6 +426,7 @@ static enum err train(struct conversion *c) {
     c->begun = c->saved = conversion_now();
     c->told = -1e9;
     enum err e = transfer(c);
+    if (!e) training_leave_device(c->run.training);
     if (e || c->interrupted || c->run.recipe.finetune.method == FINETUNE_NONE) return e;
     teacher_free(c->teacher); /* its room is wanted */
     c->teacher = NULL;
@@ -479,6 +506,7 @@ static enum err convert(struct conversion *c) {
     c->begun = conversion_now();
     tell_device(c);
     if (found) {
+        training_loaded(c->run.training);
         fprintf(stderr, "going on from step %lld%s of %s/checkpoint\n",
                 (long long)c->run.training->step, c->run.fine_begun ? " and fine-tuning" : "",
                 c->folder);

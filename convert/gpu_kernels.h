@@ -109,6 +109,20 @@ void gpu_errors(struct gpu *g, const struct gpu_rows_args *args, float *y, const
 /* sums [layers][heads][GPU_SUMS] += results, mix_grads (NULL: none) += dL/dmix, each over its rows in their order. */
 void gpu_count(struct gpu *g, const struct gpu_rows_args *args, double *sums, float *mix_grads);
 
+/* ---- gpu_adam.cu ---- */
+
+/* norms [n_layers] of grads [n_layers][n]. */
+void gpu_norms(struct gpu *g, double *norms, const float *grads, size_t n, int n_layers);
+
+struct gpu_step { /* convert_kernels.adam's, for a layer of n parameters: n_maps of the maps, then mixing */
+    size_t n, n_maps;
+    float rate, rate_mix, correct_m, correct_v, beta_m, beta_v;
+    double most; /* longer gradients are cut to it */
+};
+/* w, m, v take the step of each layer's gradient, which becomes 0. */
+void gpu_adam(struct gpu *g, float *w, float *m, float *v, float *grads, const double *norms, const struct gpu_step *step,
+              int n_layers);
+
 #ifdef __cplusplus
 }
 #endif

@@ -17,11 +17,12 @@ struct gpu_student {
     bool *softmax_layers;
     char *memory; /* device, cut anew for every wave */
     size_t bytes;
-    float *params, *grads,
-        *most;    /* device [n_layers][n_params] twice, [n_layers][heads of q and k] */
-    double *sums; /* device [n_layers][n_heads][GPU_SUMS] */
+    float *params, *m, *v, *grads; /* device [n_layers][n_params] */
+    float *most;                   /* device [n_layers][heads of q and k] */
+    double *sums, *norms;          /* device [n_layers][n_heads][GPU_SUMS], [n_layers] */
     /* page-locked */
-    float *host_grads, *host_most;
+    float *host_most;
+    double *host_norms;
     struct student_sums *host_sums;
 };
 
@@ -99,15 +100,22 @@ enum err gpu_student_new(struct gpu_student **out, struct gpu *g, const struct a
     s->n_params = student_params(c);
     s->softmax_layers = calloc(layers, sizeof *s->softmax_layers);
     size_t params = layers * s->n_params * sizeof(float),
-           sums = layers * heads * sizeof *s->host_sums;
+           sums = layers * heads * sizeof *s->host_sums, norms = layers * sizeof *s->norms;
     enum err e = s->softmax_layers ? OK : ERR_NOMEM;
-    if (!e) e = gpu_alloc(g, (void **)&s->params, params);
-    if (!e) e = gpu_alloc(g, (void **)&s->grads, params);
-    if (!e) e = gpu_alloc(g, (void **)&s->most, layers * most * sizeof *s->most);
-    if (!e) e = gpu_alloc(g, (void **)&s->sums, sums);
-    if (!e) e = gpu_host_alloc(g, (void **)&s->host_grads, params);
-    if (!e) e = gpu_host_alloc(g, (void **)&s->host_most, layers * most * sizeof *s->most);
-    if (!e) e = gpu_host_alloc(g, (void **)&s->host_sums, sums);
+    const struct {
+        void *at;
+        size_t bytes;
+    } device[] = {{&s->params, params}, {&s->m, params},
+                  {&s->v, params},      {&s->grads, params},
+                  {&s->sums, sums},     {&s->most, layers * most * sizeof *s->most},
+                  {&s->norms, norms}},
+      host[] = {{&s->host_sums, sums},
+                {&s->host_most, layers * most * sizeof *s->most},
+                {&s->host_norms, norms}};
+    for (size_t i = 0; !e && i < sizeof device / sizeof *device; i++)
+        e = gpu_alloc(g, device[i].at, device[i].bytes);
+    for (size_t i = 0; !e && i < sizeof host / sizeof *host; i++)
+        e = gpu_host_alloc(g, host[i].at, host[i].bytes);
     s->bytes = memory ? memory : gpu_free_bytes(g) / 2;
     if (s->bytes > layers * one) s->bytes = layers * one;
     if (!e && s->bytes < one) e = ERR_NOMEM;
@@ -123,16 +131,66 @@ enum err gpu_student_new(struct gpu_student **out, struct gpu *g, const struct a
 
 void gpu_student_free(struct gpu_student *s) {
     if (!s) return;
-    gpu_release(s->gpu, s->memory);
-    gpu_release(s->gpu, s->params);
-    gpu_release(s->gpu, s->grads);
-    gpu_release(s->gpu, s->most);
-    gpu_release(s->gpu, s->sums);
-    gpu_host_release(s->gpu, s->host_grads);
-    gpu_host_release(s->gpu, s->host_most);
-    gpu_host_release(s->gpu, s->host_sums);
+    void *device[] = {s->memory, s->params, s->m, s->v, s->grads, s->sums, s->most, s->norms},
+         *host[] = {s->host_sums, s->host_most, s->host_norms};
+    for (size_t i = 0; i < sizeof device / sizeof *device; i++)
+        gpu_release(s->gpu, device[i]);
+    for (size_t i = 0; i < sizeof host / sizeof *host; i++)
+        gpu_host_release(s->gpu, host[i]);
     free(s->softmax_layers);
     free(s);
+}
+
+const char *gpu_student_error(const struct gpu_student *s) {
+    return gpu_error(s->gpu);
+}
+
+/* ---- parameters ---- */
+
+static size_t all_bytes(const struct gpu_student *s) {
+    return (size_t)s->n_layers * s->n_params * sizeof(float);
+}
+
+enum err gpu_student_put(struct gpu_student *s, const float *w, const float *m, const float *v) {
+    gpu_upload(s->gpu, s->params, w, all_bytes(s));
+    gpu_upload(s->gpu, s->m, m, all_bytes(s));
+    gpu_upload(s->gpu, s->v, v, all_bytes(s));
+    return gpu_wait(s->gpu);
+}
+
+enum err gpu_student_get(struct gpu_student *s, float *w, float *m, float *v) {
+    gpu_download(s->gpu, w, s->params, all_bytes(s));
+    gpu_download(s->gpu, m, s->m, all_bytes(s));
+    gpu_download(s->gpu, v, s->v, all_bytes(s));
+    return gpu_wait(s->gpu);
+}
+
+enum err gpu_student_grads(struct gpu_student *s, float *grads) {
+    gpu_download(s->gpu, grads, s->grads, all_bytes(s));
+    return gpu_wait(s->gpu);
+}
+
+enum err gpu_student_norms(struct gpu_student *s, double *norms) {
+    size_t bytes = (size_t)s->n_layers * sizeof *norms;
+    gpu_norms(s->gpu, s->norms, s->grads, s->n_params, s->n_layers);
+    gpu_download(s->gpu, s->host_norms, s->norms, bytes);
+    enum err e = gpu_wait(s->gpu);
+    if (!e) memcpy(norms, s->host_norms, bytes);
+    return e;
+}
+
+void gpu_student_step(struct gpu_student *s, float rate, float rate_mix, float correct_m,
+                      float correct_v, double most) {
+    struct gpu_step step = {.n = s->n_params,
+                            .n_maps = student_mix(&s->c),
+                            .rate = rate,
+                            .rate_mix = rate_mix,
+                            .correct_m = correct_m,
+                            .correct_v = correct_v,
+                            .beta_m = ADAM_BETA1,
+                            .beta_v = ADAM_BETA2,
+                            .most = most};
+    gpu_adam(s->gpu, s->params, s->m, s->v, s->grads, s->norms, &step, s->n_layers);
 }
 
 /* ---- a wave ---- */
@@ -368,23 +426,20 @@ static void learn(const struct wave *w) {
 
 /* ---- all layers ---- */
 
-enum err gpu_student_learn(struct gpu_student *s, const struct gpu_lesson *lesson,
-                           const float *params, float *grads, const struct student_loss *loss,
-                           bool outputs, struct student_sums *sums) {
-    size_t layers = (size_t)s->n_layers, n = layers * s->n_params,
-           heads = layers * (size_t)s->c.n_heads;
+enum err gpu_student_learn(struct gpu_student *s, const struct gpu_lesson *lesson, bool gradients,
+                           const struct student_loss *loss, bool outputs,
+                           struct student_sums *sums) {
+    size_t heads = (size_t)s->n_layers * (size_t)s->c.n_heads;
     size_t one = gpu_student_layer_bytes(&s->c, lesson->n_tokens, lesson->n_rows);
     int together = (int)(s->bytes / one);
     assert(together > 0);
     struct wave w = {.s = s,
                      .lesson = lesson,
                      .loss = loss,
-                     .gradients = grads != NULL,
-                     .outputs = outputs || (grads && loss->mse > 0),
-                     .pull = grads && loss->mse > 0};
-    gpu_upload(s->gpu, s->params, params, n * sizeof *params);
+                     .gradients = gradients,
+                     .outputs = outputs || (gradients && loss->mse > 0),
+                     .pull = gradients && loss->mse > 0};
     gpu_fill(s->gpu, s->sums, 0, heads * sizeof *sums);
-    if (grads) gpu_fill(s->gpu, s->grads, 0, n * sizeof *grads);
     for (int layer = 0; layer < s->n_layers; layer += w.n_layers) {
         for (w.n_layers = 0; layer + w.n_layers < s->n_layers && w.n_layers < together;
              w.n_layers++)
@@ -399,13 +454,10 @@ enum err gpu_student_learn(struct gpu_student *s, const struct gpu_lesson *lesso
         learn(&w);
     }
     gpu_download(s->gpu, s->host_sums, s->sums, heads * sizeof *sums);
-    if (grads) gpu_download(s->gpu, s->host_grads, s->grads, n * sizeof *grads);
     enum err e = gpu_wait(s->gpu);
     if (e) return e;
     for (size_t i = 0; i < heads * GPU_SUMS; i++)
         ((double *)sums)[i] += ((const double *)s->host_sums)[i];
-    for (size_t i = 0; grads && i < n; i++)
-        grads[i] += s->host_grads[i];
     return OK;
 }
 

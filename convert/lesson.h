@@ -15,6 +15,7 @@ struct lesson {
     const float *q;   /* [n_layers][n_rows][n_heads D] before RoPE */
     const float *cosines, *sines; /* [longest document][D / 2] of positions; NULL: no RoPE */
     const float *far_cosines, *far_sines; /* [D / 2] of max_distance, where it is set */
+    struct gpu_lesson *device; /* borrowed: where kv and q lie, which are NULL here; NULL: they are the host's */
 };
 
 /* Keys of the row at this position: sinks 0 .. *sinks - 1 and *from .. position are exact, *sinks

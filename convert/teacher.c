@@ -76,8 +76,10 @@ enum err teacher_new(struct teacher **out, struct model *model,
     t->kv_floats = 2 * (size_t)attention->n_kv_heads * (size_t)attention->head_dim;
     t->kv_bytes = kv_bytes(info, max_tokens);
     t->q_bytes = q_bytes(info, max_rows);
-    t->kv = memory_map(t->kv_bytes);
-    t->q = memory_map(t->q_bytes);
+    if (!device) {
+        t->kv = memory_map(t->kv_bytes);
+        t->q = memory_map(t->q_bytes);
+    }
     t->rows = calloc((size_t)max_rows, sizeof *t->rows);
     t->scratch = calloc(2 * tokens, sizeof *t->scratch);
     t->cosines = calloc(tokens * half + 1, sizeof *t->cosines);
@@ -86,8 +88,8 @@ enum err teacher_new(struct teacher **out, struct model *model,
     t->far_sines = calloc(half + 1, sizeof *t->far_sines);
     t->step_rows = device ? TEACHER_DEVICE_ROWS : TEACHER_ROWS;
     t->n_slots = info->n_slots < TEACHER_DEVICE_SLOTS ? info->n_slots : TEACHER_DEVICE_SLOTS;
-    if (!t->kv || !t->q || !t->rows || !t->scratch || !t->cosines || !t->sines || !t->far_cosines ||
-        !t->far_sines) {
+    if ((!device && (!t->kv || !t->q)) || !t->rows || !t->scratch || !t->cosines || !t->sines ||
+        !t->far_cosines || !t->far_sines) {
         teacher_free(t);
         return ERR_NOMEM;
     }
@@ -197,7 +199,8 @@ enum err teacher_read(struct teacher *t, const struct pack *pack, int n_rows, in
                            .cosines = rope ? t->cosines : NULL,
                            .sines = rope ? t->sines : NULL,
                            .far_cosines = t->far_cosines,
-                           .far_sines = t->far_sines};
+                           .far_sines = t->far_sines,
+                           .device = t->device};
     if (t->device) gpu_lesson_begin(t->device, out);
     model_set_tap(t->model, t->device ? take_on_device : take, t);
     enum err e = OK;
@@ -212,7 +215,6 @@ enum err teacher_read(struct teacher *t, const struct pack *pack, int n_rows, in
             t->next_row++;
     }
     model_set_tap(t->model, NULL, NULL);
-    if (!e && t->device) e = gpu_lesson_download(t->device, t->kv, t->q);
     if (e)
         return err_set(msg, msg_len, e, "%s: the model refused to read a text of %d tokens (%s)",
                        model_info(t->model)->name, pack->n, err_name(e));

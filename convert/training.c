@@ -1,6 +1,8 @@
 /* training.c - lessons dealt to the team, and the optimiser. */
 #include "convert/training.h"
 
+#include "convert/gpu_student.h"
+
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -9,8 +11,19 @@
 static const double CLIP = 1;          /* gradient norm of a layer */
 static const float MOST_AT_FIRST = 10; /* |u| of the first maps: exp is far from its cut at 30 */
 
+static enum err new_device(struct training *t, struct gpu *gpu, int max_tokens, int max_rows) {
+    bool *softmax = calloc((size_t)t->n_layers, sizeof *softmax);
+    if (!softmax) return ERR_NOMEM;
+    for (int i = 0; i < t->n_layers; i++)
+        softmax[i] = recipe_keeps_softmax(t->recipe, i);
+    enum err e = gpu_student_new(&t->device, gpu, &t->recipe->attention, t->n_layers, softmax,
+                                 max_tokens, max_rows, 0);
+    free(softmax);
+    return e;
+}
+
 enum err training_new(struct training **out, const struct recipe *recipe, int n_layers,
-                      struct team *team, int max_tokens, int max_rows) {
+                      struct team *team, struct gpu *gpu, int max_tokens, int max_rows) {
     struct training *t = calloc(1, sizeof *t);
     if (!t) return ERR_NOMEM;
     const struct attention_config *a = &recipe->attention;
@@ -29,7 +42,8 @@ enum err training_new(struct training **out, const struct recipe *recipe, int n_
     t->norms = calloc(layers, sizeof *t->norms);
     t->scratch = calloc((size_t)team_size(team), sizeof(struct student_scratch *));
     bool all = t->w && t->m && t->v && t->g && t->sums && t->norms && t->scratch;
-    for (int i = 0; all && i < team_size(team); i++)
+    if (all && gpu) all = new_device(t, gpu, max_tokens, max_rows) == OK;
+    for (int i = 0; all && !gpu && i < team_size(team); i++)
         all = student_scratch_new(&t->scratch[i], a, max_tokens, max_rows) == OK;
     if (!all) {
         training_free(t);
@@ -43,6 +57,7 @@ void training_free(struct training *t) {
     if (!t) return;
     for (int i = 0; t->scratch && i < team_size(t->team); i++)
         student_scratch_free(t->scratch[i]);
+    gpu_student_free(t->device);
     free(t->scratch);
     free(t->w);
     free(t->m);
@@ -57,6 +72,33 @@ size_t training_bytes(const struct recipe *r, int n_layers, int n_threads, int m
                       int max_rows) {
     return 4 * sizeof(float) * student_params(&r->attention) * (size_t)n_layers +
            (size_t)n_threads * student_scratch_bytes(&r->attention, max_tokens, max_rows);
+}
+
+/* ---- a device's parameters ---- */
+const char *training_device_error(const struct training *t) {
+    return t->device ? gpu_student_error(t->device) : "";
+}
+
+enum err training_fetch(struct training *t) {
+    enum err e = t->ahead ? gpu_student_get(t->device, t->w, t->m, t->v) : OK;
+    if (!e) t->ahead = false;
+    return e;
+}
+
+void training_loaded(struct training *t) {
+    t->behind = t->device != NULL;
+    t->ahead = false;
+}
+
+void training_leave_device(struct training *t) {
+    gpu_student_free(t->device);
+    t->device = NULL;
+}
+
+static enum err send(struct training *t) {
+    enum err e = t->behind ? gpu_student_put(t->device, t->w, t->m, t->v) : OK;
+    if (!e) t->behind = false;
+    return e;
 }
 
 /* ---- lessons ---- */
@@ -83,21 +125,27 @@ static void work(void *arg, int thread, int n_threads) {
     }
 }
 
-static void deal(struct training *t, const struct lesson *lesson, bool learn) {
+static enum err deal(struct training *t, const struct lesson *lesson, bool learn) {
     struct job job = {
         .t = t,
         .lesson = lesson,
         .learn = learn,
         .loss = {t->recipe->ce, t->recipe->mse, 1 / (float)t->recipe->accumulate},
     };
+    if (t->device) {
+        enum err e = send(t);
+        return e ? e
+                 : gpu_student_learn(t->device, lesson->device, learn, &job.loss, !learn, t->sums);
+    }
     team_run(t->team, work, &job);
+    return OK;
 }
 
-void training_measure(struct training *t, const struct lesson *lesson) {
-    deal(t, lesson, false);
+enum err training_measure(struct training *t, const struct lesson *lesson) {
+    return deal(t, lesson, false);
 }
-void training_learn(struct training *t, const struct lesson *lesson) {
-    deal(t, lesson, true);
+enum err training_learn(struct training *t, const struct lesson *lesson) {
+    return deal(t, lesson, true);
 }
 void training_clear_sums(struct training *t) {
     memset(t->sums, 0, (size_t)t->n_layers * (size_t)t->n_heads * sizeof *t->sums);
@@ -122,32 +170,54 @@ static void begin_map(const struct recipe *r, float *map, float most) {
         map[(size_t)i * (size_t)a->features + (size_t)i] = scale;
 }
 
-static void begin_layer(struct training *t, const struct lesson *l, int layer) {
+/* most_q [n_heads], most_k [n_kv_heads]: the largest |q| and |k| of the layer. */
+static void begin_layer(struct training *t, int layer, const float *most_q, const float *most_k) {
     const struct attention_config *a = &t->recipe->attention;
     float *w = t->w + (size_t)layer * t->n_layer_params;
-    size_t D = (size_t)a->head_dim, map = D * (size_t)a->features, q = (size_t)a->n_heads * D,
-           kv = 2 * (size_t)a->n_kv_heads * D;
-    const float *queries = l->q + (size_t)layer * (size_t)l->n_rows * q,
-                *keys = l->kv + (size_t)layer * (size_t)l->n_tokens * kv;
+    size_t map = (size_t)a->head_dim * (size_t)a->features;
     int group = a->n_heads / a->n_kv_heads;
     for (size_t h = 0; h < (size_t)a->n_heads; h++) {
-        begin_map(t->recipe, w + h * map, largest(queries + h * D, q, l->n_rows, a->head_dim));
+        begin_map(t->recipe, w + h * map, most_q[h]);
         w[student_mix(a) + h] = t->recipe->init_mix;
     }
     size_t states = a->key_map_per_query_head ? (size_t)a->n_heads : (size_t)a->n_kv_heads;
     for (size_t s = 0; s < states; s++) {
         size_t g = a->key_map_per_query_head ? s / (size_t)group : s;
-        begin_map(t->recipe, w + student_map_k(a) + s * map,
-                  largest(keys + g * D, kv, l->n_tokens, a->head_dim));
+        begin_map(t->recipe, w + student_map_k(a) + s * map, most_k[g]);
     }
 }
 
-void training_begin(struct training *t, const struct lesson *lesson) {
-    for (int i = 0; i < t->n_layers; i++)
-        begin_layer(t, lesson, i);
-    if (!t->recipe->calibrate || t->recipe->attention.mixing != MIXING_UNIFIED) return;
+/* Of every layer: most_q [n_layers][n_heads], most_k [n_layers][n_kv_heads]. */
+static enum err find_largest(struct training *t, const struct lesson *l, float *most_q,
+                             float *most_k) {
+    const struct attention_config *a = &t->recipe->attention;
+    size_t D = (size_t)a->head_dim, H = (size_t)a->n_heads, KV = (size_t)a->n_kv_heads;
+    if (t->device) return gpu_student_largest(t->device, l->device, most_q, most_k);
+    for (size_t i = 0; i < (size_t)t->n_layers; i++) {
+        const float *queries = l->q + i * (size_t)l->n_rows * H * D,
+                    *keys = l->kv + i * (size_t)l->n_tokens * 2 * KV * D;
+        for (size_t h = 0; h < H; h++)
+            most_q[i * H + h] = largest(queries + h * D, H * D, l->n_rows, a->head_dim);
+        for (size_t g = 0; g < KV; g++)
+            most_k[i * KV + g] = largest(keys + g * D, 2 * KV * D, l->n_tokens, a->head_dim);
+    }
+    return OK;
+}
+
+enum err training_begin(struct training *t, const struct lesson *lesson) {
+    size_t layers = (size_t)t->n_layers, H = (size_t)t->n_heads,
+           KV = (size_t)t->recipe->attention.n_kv_heads;
+    float *most = calloc(layers * (H + KV), sizeof *most);
+    if (!most) return ERR_NOMEM;
+    float *most_k = most + layers * H;
+    enum err e = find_largest(t, lesson, most, most_k);
+    for (size_t i = 0; !e && i < layers; i++)
+        begin_layer(t, (int)i, most + i * H, most_k + i * KV);
+    free(most);
+    training_loaded(t);
+    if (e || !t->recipe->calibrate || t->recipe->attention.mixing != MIXING_UNIFIED) return e;
     training_clear_sums(t);
-    training_measure(t, lesson);
+    if ((e = training_measure(t, lesson))) return e;
     size_t mix = student_mix(&t->recipe->attention);
     for (int i = 0; i < t->n_layers; i++)
         for (int h = 0; h < t->n_heads; h++) {
@@ -156,6 +226,8 @@ void training_begin(struct training *t, const struct lesson *lesson) {
             if (s->n_gap > 0 && isfinite(s->gap)) *c += (float)(s->gap / s->n_gap);
         }
     training_clear_sums(t);
+    training_loaded(t);
+    return OK;
 }
 
 /* ---- a step ---- */
@@ -170,33 +242,53 @@ static void norm_layers(void *arg, int thread, int n_threads) {
     }
 }
 
+struct rates {
+    float maps, mix, correct_m, correct_v;
+};
+static struct rates rates_of(const struct training *t) {
+    double rate = recipe_rate(t->recipe, t->step), n = (double)t->step + 1;
+    return (struct rates){.maps = (float)(rate * t->recipe->lr),
+                          .mix = (float)(rate * t->recipe->lr_mix),
+                          .correct_m = (float)(1 / (1 - pow(ADAM_BETA1, n))),
+                          .correct_v = (float)(1 / (1 - pow(ADAM_BETA2, n)))};
+}
+
 static void step_layers(void *arg, int thread, int n_threads) {
     struct training *t = arg;
     const struct convert_kernels *use = convert_kernels();
-    double rate = recipe_rate(t->recipe, t->step), n = (double)t->step + 1;
-    float correct_m = (float)(1 / (1 - pow(ADAM_BETA1, n))),
-          correct_v = (float)(1 / (1 - pow(ADAM_BETA2, n)));
+    struct rates r = rates_of(t);
     size_t mix = student_mix(&t->recipe->attention);
     for (int i = thread; i < t->n_layers; i += n_threads) {
         size_t at = (size_t)i * t->n_layer_params;
         float clip = t->norms[i] > CLIP ? (float)(CLIP / t->norms[i]) : 1;
-        use->adam(t->w + at, t->m + at, t->v + at, t->g + at, mix, clip,
-                  (float)(rate * t->recipe->lr), correct_m, correct_v);
+        use->adam(t->w + at, t->m + at, t->v + at, t->g + at, mix, clip, r.maps, r.correct_m,
+                  r.correct_v);
         at += mix;
-        use->adam(t->w + at, t->m + at, t->v + at, t->g + at, (size_t)t->n_heads, clip,
-                  (float)(rate * t->recipe->lr_mix), correct_m, correct_v);
+        use->adam(t->w + at, t->m + at, t->v + at, t->g + at, (size_t)t->n_heads, clip, r.mix,
+                  r.correct_m, r.correct_v);
     }
 }
 
 enum err training_step(struct training *t, int *layer) {
-    team_run(t->team, norm_layers, t);
+    enum err e = OK;
+    if (t->device)
+        e = gpu_student_norms(t->device, t->norms);
+    else
+        team_run(t->team, norm_layers, t);
+    if (e) return e;
     for (int i = 0; i < t->n_layers; i++)
         if (!isfinite(t->norms[i])) {
             *layer = i;
             return ERR_ARG;
         }
-    team_run(t->team, step_layers, t);
-    memset(t->g, 0, t->n_params * sizeof *t->g);
+    if (t->device) {
+        struct rates r = rates_of(t);
+        gpu_student_step(t->device, r.maps, r.mix, r.correct_m, r.correct_v, CLIP);
+        t->ahead = true;
+    } else {
+        team_run(t->team, step_layers, t);
+        memset(t->g, 0, t->n_params * sizeof *t->g);
+    }
     t->step++;
     return OK;
 }

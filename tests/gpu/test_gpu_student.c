@@ -155,6 +155,19 @@ static void forget(struct taught *t) {
     gpu_lesson_free(t->device);
 }
 
+/* Gradients alone; NULL: none. */
+static void learn_on_device(const struct taught *t, struct gpu_student *s, float *grads,
+                            const struct student_loss *loss, bool outputs,
+                            struct student_sums *sums) {
+    float *zeros = calloc(LAYERS * t->n_params, sizeof *zeros);
+    memset(sums, 0, LAYERS * (size_t)t->c.n_heads * sizeof *sums);
+    gpu_student_step(s, 0, 0, 1, 1, 1); /* sets gradients to zero */
+    assert_int_equal(gpu_student_put(s, t->params, zeros, zeros), OK);
+    assert_int_equal(gpu_student_learn(s, t->device, grads != NULL, loss, outputs, sums), OK);
+    if (grads) assert_int_equal(gpu_student_grads(s, grads), OK);
+    free(zeros);
+}
+
 static struct gpu_student *new_student(const struct taught *t, const bool *softmax, size_t memory) {
     struct gpu_student *s;
     assert_int_equal(gpu_student_new(&s, gpu, &t->c, LAYERS, softmax, t->lesson.n_tokens,
@@ -213,19 +226,15 @@ static void check_loss(struct taught *t, struct gpu_student *s, struct student_l
                          (size_t)(t->c.n_kv_heads * t->c.head_dim)),
           *bad_q = nans(LAYERS * (size_t)t->lesson.n_rows * (size_t)(t->c.n_heads * t->c.head_dim));
     fill_device(t, bad_kv, bad_q); /* leaves NaN everywhere */
-    assert_int_equal(gpu_student_learn(s, t->device, t->params, got, &loss, true, ours), OK);
-    memset(got, 0, n * sizeof *got);
-    memset(ours, 0, heads * sizeof *ours);
+    learn_on_device(t, s, got, &loss, true, ours);
     fill_device(t, t->kv, t->q);
     learn_on_cpu(t, want, &loss, loss.mse > 0, sums);
-    assert_int_equal(gpu_student_learn(s, t->device, t->params, got, &loss, loss.mse > 0, ours),
-                     OK);
+    learn_on_device(t, s, got, &loss, loss.mse > 0, ours);
     compare(t, want, got, sums, ours);
 
     memset(sums, 0, heads * sizeof *sums); /* the same without gradients, with outputs */
-    memset(ours, 0, heads * sizeof *ours);
     learn_on_cpu(t, NULL, &loss, true, sums);
-    assert_int_equal(gpu_student_learn(s, t->device, t->params, NULL, &loss, true, ours), OK);
+    learn_on_device(t, s, NULL, &loss, true, ours);
     compare(t, want, got, sums, ours);
     assert_true(ours[0].energy > 0);
     free(want), free(got), free(sums), free(ours), free(bad_kv), free(bad_q);
@@ -291,13 +300,6 @@ static void test_large_projections_are_cut_as_on_the_cpu(void **state) {
 
 /* ---- what changes no bit ---- */
 
-static void learn_on_device(const struct taught *t, struct gpu_student *s, float *grads,
-                            struct student_sums *sums) {
-    memset(grads, 0, LAYERS * t->n_params * sizeof *grads);
-    memset(sums, 0, LAYERS * (size_t)t->c.n_heads * sizeof *sums);
-    assert_int_equal(gpu_student_learn(s, t->device, t->params, grads, &both, true, sums), OK);
-}
-
 static void test_neither_memory_nor_order_nor_other_layers_change_a_bit(void **state) {
     (void)state;
     struct taught t =
@@ -308,14 +310,14 @@ static void test_neither_memory_nor_order_nor_other_layers_change_a_bit(void **s
     struct student_sums *sums = calloc(heads, sizeof *sums), *ours = calloc(heads, sizeof *ours);
     const bool middle[LAYERS] = {false, true, false};
     struct gpu_student *s = new_student(&t, NULL, 0);
-    learn_on_device(&t, s, want, sums);
+    learn_on_device(&t, s, want, &both, true, sums);
     for (int way = 0; way < 4; way++) {
         struct gpu_student *other = new_student(&t, way == 3 ? middle : NULL,
                                                 way == 1   ? one
                                                 : way == 2 ? 2 * one + 300
                                                            : 0);
         emu_set_order(way == 0 ? 2 : 0, 11);
-        learn_on_device(&t, other, got, ours);
+        learn_on_device(&t, other, got, &both, true, ours);
         emu_set_order(0, 0);
         for (size_t l = 0; l < LAYERS; l++) {
             if (way == 3 && middle[l]) { /* has nothing to learn */
@@ -331,7 +333,9 @@ static void test_neither_memory_nor_order_nor_other_layers_change_a_bit(void **s
         gpu_student_free(other);
     }
     /* gradients and sums are added */
-    assert_int_equal(gpu_student_learn(s, t.device, t.params, got, &both, true, ours), OK);
+    learn_on_device(&t, s, got, &both, true, ours);
+    assert_int_equal(gpu_student_learn(s, t.device, true, &both, true, ours), OK);
+    assert_int_equal(gpu_student_grads(s, got), OK);
     assert_true(got[0] == 2 * want[0] && ours[0].kl == 2 * sums[0].kl);
     gpu_student_free(s);
     free(want), free(got), free(sums), free(ours);
@@ -374,6 +378,68 @@ static void test_the_largest_are_exact(void **state) {
             assert_true(most_k == k[l * m->KV + h]);
         }
     gpu_student_free(s);
+    forget(&t);
+}
+
+/* ---- the step ---- */
+
+/* A product or two of fp32 more or less fused: a few 2^-24 of w's step, m and v.  Norms are sums of
+ * squares in double; the first layer's is cut. */
+static void test_the_step_is_the_cpus(void **state) {
+    (void)state;
+    struct taught t =
+        teach(&small, config(&small, MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, false, true), true);
+    struct gpu_student *s = new_student(&t, NULL, 0);
+    size_t n = t.n_params, all = LAYERS * n, mix = student_mix(&t.c);
+    float *m = uniforms(all, 0.1f, 8), *v = uniforms(all, 0.1f, 9), *w = nans(all),
+          *grads = nans(all), *m_at = nans(all), *v_at = nans(all),
+          *cpu_w = malloc(all * sizeof *cpu_w);
+    struct student_sums sums[LAYERS * 4];
+    double norms[LAYERS];
+    memset(sums, 0, sizeof sums);
+    memcpy(cpu_w, t.params, all * sizeof *cpu_w);
+    for (size_t i = 0; i < all; i++)
+        v[i] = v[i] * v[i];
+    const struct student_loss loss = {.ce = 40, .share = 1};
+    assert_int_equal(gpu_student_put(s, t.params, m, v), OK);
+    assert_int_equal(gpu_student_learn(s, t.device, true, &loss, false, sums), OK);
+    assert_int_equal(gpu_student_grads(s, grads), OK);
+    assert_int_equal(gpu_student_norms(s, norms), OK);
+    double most = norms[0] / 2;
+    gpu_student_step(s, 0.02f, 0.05f, 1.5f, 2.5f, most);
+    assert_int_equal(gpu_student_get(s, w, m_at, v_at), OK);
+    for (size_t l = 0; l < LAYERS; l++) {
+        double sum = 0;
+        for (size_t i = 0; i < n; i++)
+            sum += (double)grads[l * n + i] * (double)grads[l * n + i];
+        assert_true(fabs(norms[l] - sqrt(sum)) <= 1e-12 * sqrt(sum));
+        float clip = norms[l] > most ? (float)(most / norms[l]) : 1;
+        const struct convert_kernels *use = convert_kernels();
+        for (int part = 0; part < 2; part++) {
+            size_t at = l * n + (part ? mix : 0), len = part ? n - mix : mix;
+            use->adam(cpu_w + at, m + at, v + at, grads + at, len, clip, part ? 0.05f : 0.02f, 1.5f,
+                      2.5f);
+        }
+    }
+    for (size_t i = 0; i < all; i++) {
+        assert_true(fabsf(m[i] - m_at[i]) <= 0x1p-22f * (fabsf(m[i]) + 0.1f));
+        assert_true(fabsf(v[i] - v_at[i]) <= 0x1p-22f * (fabsf(v[i]) + 0.01f));
+        assert_true(fabsf(w[i] - cpu_w[i]) <= 0x1p-20f * (fabsf(w[i] - t.params[i]) + 0.1f));
+        assert_true(fabsf(w[i] - t.params[i]) > 0);
+    }
+    assert_int_equal(gpu_student_grads(s, grads), OK);
+    for (size_t i = 0; i < all; i++)
+        assert_true(grads[i] == 0);
+    assert_int_equal(gpu_student_norms(s, norms), OK);
+    assert_true(norms[0] == 0);
+    for (size_t i = 0; i < all; i++)
+        t.params[i] = i / n == 2 ? NAN : t.params[i];
+    assert_int_equal(gpu_student_put(s, t.params, m, v), OK);
+    assert_int_equal(gpu_student_learn(s, t.device, true, &loss, false, sums), OK);
+    assert_int_equal(gpu_student_norms(s, norms), OK);
+    assert_true(norms[0] > 0 && norms[1] > 0 && isnan(norms[2]));
+    gpu_student_free(s);
+    free(m), free(v), free(w), free(grads), free(m_at), free(v_at), free(cpu_w);
     forget(&t);
 }
 
@@ -535,6 +601,7 @@ int main(void) {
         cmocka_unit_test(test_neither_memory_nor_order_nor_other_layers_change_a_bit),
         cmocka_unit_test(test_what_does_not_fit_is_refused),
         cmocka_unit_test(test_the_largest_are_exact),
+        cmocka_unit_test(test_the_step_is_the_cpus),
     };
     char msg[200];
     if (gpu_open(&gpu, msg, sizeof msg)) return 1;
