@@ -95,6 +95,10 @@ static enum err open_base(struct conversion *c) {
         o.max_rows = TEACHER_DEVICE_ROWS;
         o.n_slots = TEACHER_DEVICE_SLOTS;
         e = model_open(&c->model, &o, c->msg, c->msg_len);
+        if (e == ERR_NOMEM) {
+            o.n_slots = 1; /* slower with short documents, but it may fit */
+            e = model_open(&c->model, &o, c->msg, c->msg_len);
+        }
     }
     if (e == ERR_NO_CUDA && device != DEVICE_CUDA) {
         o.device = DEVICE_CPU;

@@ -1,5 +1,6 @@
 /* test_gpu_convert.c - attention transfer with the base on the device beside the same on the CPU.
  */
+#include "tests/unit/checkpoints.h"
 #include "tests/unit/convert_testing.h"
 
 #include "convert/gpu_lesson.h"
@@ -102,7 +103,7 @@ static double number_of(const char *path, const char *part, const char *key) {
 
 /* The lessons differ by 1e-5 (above) and with them divergences of about 0.1, relatively; four steps
  * of AdamW, of 0.02 at most each, carry such a difference on unless a gradient is so small that its
- * sign turns (one parameter in thousands).  2e-3 relatively; a step more or less is 3e-2. */
+ * sign turns (one parameter in thousands).  2e-4 relatively; a step more or less is 3e-2. */
 static void test_training_beside_the_cpus(void **state) {
     (void)state;
     CONVERTED(STORIES_CONVERT, "--device", "cpu", "--out", in("cpu"));
@@ -112,8 +113,59 @@ static void test_training_beside_the_cpus(void **state) {
         double want = number_of(in("cpu/conversion.json"), parts[i], "kl_of_all_rows"),
                got = number_of(in("cuda/conversion.json"), parts[i], "kl_of_all_rows");
         print_message("KL %s: %.6f on the CPU, %.6f on the device\n", parts[i], want, got);
-        assert_true(fabs(got - want) <= 2e-3 * want);
+        assert_true(fabs(got - want) <= 2e-4 * want);
     }
+}
+
+/* Outputs in the loss, maps behind RoPE for each query head, a layer left out, two lessons a step,
+ * and fine-tuning, for which the base leaves the device.  Tolerances as above; squared errors of
+ * outputs are twice as sensitive. */
+static void test_another_recipe_and_both_stages(void **state) {
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        const char *device = i ? "cuda" : "cpu";
+        CONVERTED("convert", STORIES, "--text", TEXT, "--weights", "fp32", "--kv-type", "fp32",
+                  "--recipe", "lolcats", "--finetune-steps", "1", "--finetune-accumulate", "1",
+                  "--window-size", "8", "--length", "64", "--long-every", "0", "--rows", "11",
+                  "--softmax-layers", "2", "--accumulate", "2", "--steps", "2", "--device", device,
+                  "--out", in(device));
+        assert_int_equal(strstr(said, "fine-tuning will be the CPU's") != NULL, i);
+    }
+    const char *const keys[] = {"kl_of_all_rows", "attention_error_of_layers"};
+    for (int i = 0; i < 4; i++) {
+        const char *part = i < 2 ? "before" : "after", *key = keys[i % 2];
+        double want = number_of(in("cpu/conversion.json"), part, key),
+               got = number_of(in("cuda/conversion.json"), part, key);
+        print_message("%s %s: %.6f on the CPU, %.6f on the device\n", key, part, want, got);
+        assert_true(fabs(got - want) <= 4e-4 * want);
+    }
+    double want = number_of(in("cpu/conversion.json"), "finetune", "loss_after"),
+           got = number_of(in("cuda/conversion.json"), "finetune", "loss_after");
+    assert_true(fabs(got - want) <= 4e-4 * want);
+}
+
+/* No RoPE, LayerNorm, positions learned. */
+static void test_gpt2_learns_too(void **state) {
+    (void)state;
+    char text[2001] = "";
+    uint32_t seed = 1;
+    for (int i = 0; i < 2000; i++) {
+        seed = seed * 1664525u + 1013904223u;
+        text[i] = "abc"[(seed >> 20) % 3];
+    }
+    mkdir(in("base"), 0700);
+    check_write(in("base"), "gpt2");
+    write_text(in("letters.txt"), text);
+    for (int i = 0; i < 2; i++) {
+        const char *device = i ? "cuda" : "cpu";
+        CONVERTED("convert", in("base"), "--text", in("letters.txt"), "--weights", "fp32",
+                  "--kv-type", "fp32", "--finetune", "none", "--steps", "3", "--window-size", "8",
+                  "--cache-size", "0", "--rows", "11", "--device", device, "--out", in(device));
+    }
+    double want = number_of(in("cpu/conversion.json"), "after", "kl_of_all_rows"),
+           got = number_of(in("cuda/conversion.json"), "after", "kl_of_all_rows");
+    print_message("KL after: %.6f on the CPU, %.6f on the device\n", want, got);
+    assert_true(fabs(got - want) <= 2e-4 * want);
 }
 
 static void test_any_number_of_threads_makes_the_same_bytes(void **state) {
@@ -132,6 +184,21 @@ static void test_any_number_of_threads_makes_the_same_bytes(void **state) {
     assert_same_file(in("out1/urchin.json"), in("out3/urchin.json"));
 }
 
+static void test_a_device_too_small_is_named(void **state) {
+    (void)state;
+    struct model *m = open_base(DEVICE_CUDA, 1);
+    bool emulated = !strcmp(model_info(m)->device, "emulated device");
+    model_close(m);
+    if (!emulated) skip();
+    setenv("URCHIN_EMULATED_BYTES", "6200000", 1); /* the base takes 5 MB with what a step needs */
+    int status = CONVERT(STORIES_CONVERT, "--device", "cuda", "--out", in("out"));
+    unsetenv("URCHIN_EMULATED_BYTES");
+    assert_int_equal(status, 1);
+    if (!strstr(said, "has no room beside the base for sequences of 150 tokens"))
+        fail_msg("%s", said);
+    assert_false(is_there(in("out")));
+}
+
 static void test_a_conversion_goes_on_where_it_began(void **state) {
     (void)state;
     CONVERTED(STORIES_CONVERT, "--device", "cuda", "--out", in("whole"));
@@ -148,6 +215,9 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_the_devices_lesson_is_the_cpus),
         IN_FOLDER(test_training_beside_the_cpus),
+        IN_FOLDER(test_another_recipe_and_both_stages),
+        IN_FOLDER(test_gpt2_learns_too),
+        IN_FOLDER(test_a_device_too_small_is_named),
         IN_FOLDER(test_any_number_of_threads_makes_the_same_bytes),
         IN_FOLDER(test_a_conversion_goes_on_where_it_began),
     };
