@@ -341,6 +341,7 @@ static cJSON *conversion_json(const struct run *run, const char *name, double se
     cJSON_AddNumberToObject(o, "seconds", rounded(seconds));
     cJSON_AddNumberToObject(o, "threads", team_size(run->training->team));
     cJSON_AddStringToObject(o, "isa", cpu_isa_name(cpu_isa()));
+    cJSON_AddStringToObject(o, "device", run->base->device);
     cJSON_AddItemToObject(o, "curve", curve_json(run));
     cJSON_AddItemToObject(o, "before", heads_json(run, run->before));
     cJSON_AddItemToObject(o, "after", heads_json(run, run->after));

@@ -8,7 +8,7 @@
 
 #include "tests/emu/emu.h"
 
-enum { TOKENS = 150, ROWS = 11 };
+enum { TOKENS = 150, ROWS = 11, MANY_TOKENS = 400 };
 
 static struct model *open_base(enum device device, int n_slots) {
     struct model_options o;
@@ -17,7 +17,7 @@ static struct model *open_base(enum device device, int n_slots) {
     o.device = device;
     o.weights = WEIGHT_FP32;
     o.kv_type = KV_FP32;
-    o.max_seq_len = TOKENS;
+    o.max_seq_len = MANY_TOKENS;
     o.max_rows = TEACHER_DEVICE_ROWS;
     o.max_logits = 1;
     o.n_slots = n_slots;
@@ -84,6 +84,31 @@ static void test_the_devices_lesson_is_the_cpus(void **state) {
     free(kv), free(q);
     teacher_free(a), teacher_free(b);
     model_close(cpu), model_close(gpu);
+}
+
+/* A step holds the ends of documents, several whole ones, and one that goes on in the next. */
+static void test_documents_side_by_side_are_read_as_one_by_one(void **state) {
+    (void)state;
+    static int32_t tokens[MANY_TOKENS];
+    static int starts[] = {0, 10, 290, 295, 300, 310, 399, MANY_TOKENS};
+    struct pack pack = {.n = MANY_TOKENS, .n_documents = 7, .tokens = tokens, .first = starts};
+    struct model *models[] = {open_base(DEVICE_CPU, 1), open_base(DEVICE_CPU, 3)};
+    struct teacher *t[2];
+    struct lesson l[2];
+    for (int i = 0; i < MANY_TOKENS; i++)
+        tokens[i] = 3 + i * i * 7 % 500;
+    for (int i = 0; i < 2; i++) {
+        double share;
+        assert_int_equal(teacher_new(&t[i], models[i], &pupil, MANY_TOKENS, ROWS), OK);
+        assert_int_equal(
+            teacher_read(t[i], &pack, ROWS, 1, PACK_TRAIN, 0, &l[i], &share, said, sizeof said),
+            OK);
+    }
+    assert_int_equal(l[1].n_rows, ROWS);
+    assert_memory_equal(l[0].kv, l[1].kv, (size_t)5 * MANY_TOKENS * 2 * 4 * 8 * sizeof(float));
+    assert_memory_equal(l[0].q, l[1].q, (size_t)5 * ROWS * 8 * 8 * sizeof(float));
+    for (int i = 0; i < 2; i++)
+        teacher_free(t[i]), model_close(models[i]);
 }
 
 /* ---- the whole ---- */
@@ -214,6 +239,7 @@ static void test_a_conversion_goes_on_where_it_began(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_the_devices_lesson_is_the_cpus),
+        cmocka_unit_test(test_documents_side_by_side_are_read_as_one_by_one),
         IN_FOLDER(test_training_beside_the_cpus),
         IN_FOLDER(test_another_recipe_and_both_stages),
         IN_FOLDER(test_gpt2_learns_too),

@@ -62,11 +62,13 @@ static const int small_rows[] = {3,  7,  11, 15, 19, 21, 22, 24, 26, 28, 30, 31,
                                  47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 60};
 static const struct shape small = {4, 2, 6, 5, 2, 61, 35, small_first, small_rows};
 
-/* Three key tiles; tiles of rows that end in the middle of them, and documents that no row is of.
- */
+/* Four key tiles, and two of rows of which the second sees none of the first's keys; documents that
+ * no row is of. */
 static const int many_first[] = {0, 70, 75, 131, 150, 203};
-static const int many_rows[] = {9, 30, 64, 69, 76, 80, 99, 130, 131, 149, 151, 160, 199, 202};
-static const struct shape many = {6, 3, 8, 8, 5, 203, 14, many_first, many_rows};
+static const int many_rows[] = {20, 21, 22, 23, 24, 25, 26,  27,  28,  29,  30,  31, 32,
+                                33, 34, 35, 36, 37, 38, 39,  40,  41,  42,  43,  44, 45,
+                                46, 47, 48, 49, 50, 51, 140, 149, 151, 160, 199, 202};
+static const struct shape many = {6, 3, 8, 8, 5, 203, 38, many_first, many_rows};
 
 /* The heads of real models: 64 wide, six of them. */
 static const int one_first[] = {0, 97};
