@@ -17,7 +17,8 @@
  * another of the same struct attention (they share its scratch).
  *
  * A slot is one contiguous block of attention_slot_bytes(): first the part that is the sequence (attention_state_bytes():
- * header, S, z, exact keys and values, cache positions), then copies derived from it (rotated keys). */
+ * header, S, z, exact keys and values, cache positions), then what is derived from it: rotated keys, and the choice, S and z of the
+ * next block, made ahead.  (The two S and z change places: saving finds the right one.) */
 #ifndef URCHIN_ATTENTION_ATTENTION_H
 #define URCHIN_ATTENTION_ATTENTION_H
 
