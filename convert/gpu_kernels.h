@@ -16,8 +16,8 @@ extern "C" {
 void gpu_take_rows(struct gpu *g, float *to, size_t n_floats, const float *from, size_t from_row, const int *rows, int first,
                    int n);
 
-/* y = x rotated by RoPE: of every layer n rows of n_heads heads of D floats; row i of them stands at positions[rows ? rows[i] : i],
- * whose angles are cosines, sines [position][D / 2]. */
+/* y = x rotated by RoPE: of every layer n rows of n_heads heads of D floats; row i of them stands at
+ * positions[rows ? rows[i] : i], whose angles are cosines, sines [position][D / 2]. */
 struct gpu_turn {
     float *y;       /* [n_layers][n][n_heads D] */
     const float *x; /* n_layers times x_layer floats: n rows, x_row apart */
@@ -60,7 +60,8 @@ struct gpu_product {
     int m, n, k, n_layers, n_heads, n_terms;
     int add; /* to what is there */
     enum gpu_limit limit;
-    const int *spans; /* GPU_COLUMNS, GPU_TERMS: [row tiles][2] first key, end;  GPU_ROWS: [row tiles of keys][2] first row, end */
+    const int *spans; /* GPU_COLUMNS, GPU_TERMS: [row tiles][2] first key, end;  GPU_ROWS: [row tiles of keys][2] first row,
+                       * end */
 };
 void gpu_products(struct gpu *g, const struct gpu_product *product);
 
@@ -95,8 +96,8 @@ struct gpu_rows_args { /* of all layers, query heads and rows; row (l, h, r) is 
     size_t mix_layer;
     float ce;
     int window, window_size, sinks, mixing; /* as attention.h has them */
-    int max_distance; /* 0: the pupil's sinks are the teacher's; else beyond it they count as that far: q, k before RoPE, angles */
-    const float *q, *k; /* [n_layers] of [n_rows][n_heads D], q_layer apart, and of [n_tokens] rows of keys, k_row apart */
+    int max_distance; /* 0: the pupil's sinks are the teacher's; else beyond it they count as that far, for which: */
+    const float *q, *k; /* before RoPE: [n_layers] of [n_rows][n_heads D], q_layer apart, and of n_tokens keys, k_row apart */
     size_t q_layer, k_layer, k_row;
     const float *far_cosines, *far_sines; /* [D / 2] */
 };

@@ -4,8 +4,8 @@
 #ifndef URCHIN_CONVERT_GPU_LESSON_H
 #define URCHIN_CONVERT_GPU_LESSON_H
 
-#include "convert/lesson.h"
 #include "compute/gpu.h"
+#include "convert/lesson.h"
 
 struct gpu_lesson {
     struct gpu *gpu; /* borrowed for life */
@@ -27,8 +27,8 @@ struct gpu_lesson {
     int *plan, *plan_at;          /* owned */
 };
 
-/* Room for lessons of at most so many tokens and rows.  angles: [max_tokens][D / 2] cosines, then sines, or NULL: no RoPE; far: [D /
- * 2] cosines, then sines of max_distance.  ERR_NOMEM: gpu_lesson_bytes() are not free. */
+/* Room for lessons of at most so many tokens and rows.  angles: [max_tokens][D / 2] cosines, and sines, or NULL: no RoPE; far:
+ * [D / 2] cosines, and sines of max_distance, or NULL.  ERR_NOMEM: gpu_lesson_bytes() are not free. */
 enum err gpu_lesson_new(struct gpu_lesson **out, struct gpu *g, const struct attention_config *c, int n_layers, int max_tokens,
                         int max_rows, const float *const angles[2], const float *const far[2]);
 void gpu_lesson_free(struct gpu_lesson *l); /* NULL is fine */

@@ -1,8 +1,8 @@
 /* gpu_student.h - all layers as pupils at once, on a device: student.h's losses and gradients, of which student.c is the
  * specification.
  *
- * Layers, heads and rows are elements of a few big launches (gpu_kernels.h); of layers so many go together as there is memory for,
- * which changes no bit: every sum belongs to one layer and head, and has one order.  Sums are fp32 where the CPU's are. */
+ * Layers, heads and rows are elements of a few big launches (gpu_kernels.h); as many layers go together as there is memory
+ * for, which changes no bit: every sum belongs to one layer and head, and has one order.  Sums are fp32 where the CPU's are. */
 #ifndef URCHIN_CONVERT_GPU_STUDENT_H
 #define URCHIN_CONVERT_GPU_STUDENT_H
 
@@ -27,8 +27,8 @@ enum err gpu_student_grads(struct gpu_student *s, float *grads); /* tests */
 
 /* student_learn() for every layer and kv head; gradients are added to those here, sums to [n_layers][n_heads] of the host's.
  * Waits.  ERR_DEVICE: no sum was added. */
-enum err gpu_student_learn(struct gpu_student *s, const struct gpu_lesson *lesson, bool gradients, const struct student_loss *loss,
-                           bool outputs, struct student_sums *sums);
+enum err gpu_student_learn(struct gpu_student *s, const struct gpu_lesson *lesson, bool gradients,
+                           const struct student_loss *loss, bool outputs, struct student_sums *sums);
 
 /* The norm of each layer's gradient into norms [n_layers]; waits.  Then the step: AdamW, after which gradients are 0; queued. */
 enum err gpu_student_norms(struct gpu_student *s, double *norms);
