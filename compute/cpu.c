@@ -2,7 +2,6 @@
 #include "compute/cpu.h"
 
 #include <stdatomic.h>
-#include <stdbool.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -65,6 +64,14 @@ enum cpu_isa cpu_isa(void) {
 
 void cpu_isa_limit(enum cpu_isa most) {
     atomic_store_explicit(&limit, (int)most, memory_order_relaxed);
+}
+
+bool cpu_streams(void) {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("amdfam19h") && __builtin_cpu_supports("avx512f"); /* Zen 3 has none */
+#else
+    return false;
+#endif
 }
 
 const char *cpu_isa_name(enum cpu_isa isa) {

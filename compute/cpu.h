@@ -6,6 +6,8 @@
 #ifndef URCHIN_COMPUTE_CPU_H
 #define URCHIN_COMPUTE_CPU_H
 
+#include <stdbool.h>
+
 enum cpu_isa {
     CPU_GENERIC, /* what the compiler targets by default: portable C */
     CPU_AVX2,    /* AVX2, FMA, F16C */
@@ -20,6 +22,11 @@ enum cpu_isa cpu_isa(void);
 
 /* Tests and --isa: use at most this family from now on.  Call before any model is opened. */
 void cpu_isa_limit(enum cpu_isa most);
+
+/* Whether loads in ascending order alone read as fast as the memory gives, so that asking for lines
+ * before (software prefetch) only takes from the misses that a core may have.  So on AMD's Zen 4; where
+ * it was not measured, false. */
+bool cpu_streams(void);
 
 const char *cpu_isa_name(enum cpu_isa isa); /* "generic", "avx2", "avx512", "amx", "dotprod" */
 

@@ -126,8 +126,8 @@ V_FN v16i int8_start(int32_t offset) {
 
 /* The panels of a matrix are one ascending stream; asking for it this many bytes early lets one
  * core read as fast as its memory allows, which the hardware's own prefetch does not reach (bf16, 1
- * row: 43 instead of 33 GB/s on Zen 5). Asking past the last panel is harmless: a prefetch never
- * faults. */
+ * row: 43 instead of 33 GB/s on Zen 5) but where cpu_streams().  Asking past the last panel is
+ * harmless: a prefetch never faults. */
 enum { AHEAD = 8192 };
 
 enum { MAX_M = 8 };
@@ -155,8 +155,17 @@ enum { FLOATS_TALL = 8, INTEGERS_TALL = 6 }; /* these also hold the integer sums
 enum { FLOATS_TALL = 8, INTEGERS_TALL = 4 };
 #endif
 
+V_FN int rows_at_once(int left, int most) { /* 8, 6, 4, 2 or 1 */
+    if (most == 6 && left >= 6 && left != 8) return 6;
+    int n = most == 6 ? 4 : most;
+    while (n > left)
+        n /= 2;
+    return n;
+}
+
 /* Many rows pass over a panel several times.  Of floats the first pass asks; of integers, where
- * passes outlast the memory, each asks for its share of the next panel, block by block. */
+ * passes outlast the memory, each asks for its share of the next panel, block by block.  Rows that
+ * are one pass only read, and where the CPU does that best alone, nothing is asked for. */
 V_FN void prefetch_at_first(int row, const unsigned char *line) {
     if (row == 0) prefetch(line);
 }
@@ -165,6 +174,8 @@ struct asking {
     size_t ahead;
 };
 V_FN struct asking asking(const struct matmul_args *a, int row, int tall) {
+    if (a->streams && rows_at_once(a->n_rows, tall) == a->n_rows)
+        return (struct asking){SIZE_MAX, 1, AHEAD};
     size_t passes = a->n_rows < 2 * tall ? 1 : (size_t)(a->n_rows / tall),
            pass = (size_t)(row / tall);
     return (struct asking){pass < passes ? pass : SIZE_MAX, passes,
@@ -321,13 +332,6 @@ V_FN void tile_int4(const struct matmul_args *a, int row, int panel, int M) {
         tile_##name(a, row, panel, M);                                                             \
     }
 
-V_FN int rows_at_once(int left, int most) { /* 8, 6, 4, 2 or 1 */
-    if (most == 6 && left >= 6 && left != 8) return 6;
-    int n = most == 6 ? 4 : most;
-    while (n > left)
-        n /= 2;
-    return n;
-}
 #define MATMUL(name, tall)                                                                         \
     SHAPE(name, 1)                                                                                 \
     SHAPE(name, 2)                                                                                 \

@@ -15,6 +15,7 @@
 #ifndef URCHIN_COMPUTE_KERNELS_H
 #define URCHIN_COMPUTE_KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -51,6 +52,7 @@ struct matmul_args {
     const unsigned char *w;
     size_t panel_bytes;
     const float *bias; /* [n_out] or NULL */
+    bool streams;      /* cpu_streams() */
 };
 
 /* Columns PANEL first .. min(PANEL end, n_out) - 1 of all rows of y. */

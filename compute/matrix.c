@@ -1,6 +1,7 @@
 /* matrix.c - packing weights, preparing activations, and splitting matmul over the team. */
 #include "compute/matrix.h"
 
+#include "compute/cpu.h"
 #include "compute/kernels.h"
 #include "compute/memory.h"
 #include "compute/ops.h"
@@ -411,7 +412,8 @@ void matmul(struct team *team, struct matmul_scratch *scratch, float *y, size_t 
                  .n_blocks = w->n_blocks,
                  .w = w->data,
                  .panel_bytes = w->panel_bytes,
-                 .bias = bias},
+                 .bias = bias,
+                 .streams = cpu_streams()},
     };
     int64_t values = (int64_t)n_rows * w->n_in;
     const bool split = w->type == WEIGHT_BF16 && job.kernels->split_row;
