@@ -437,6 +437,20 @@ static struct ahead ahead_of(const struct layer_job *job, const struct segment *
     return memory_ahead(job->a, s, job->layer, kv_head);
 }
 
+/* What a thread's first task in a->next_layer reads: run_tasks() will give it its share. */
+static struct ahead first_task(const void *arg, int thread, int n_threads) {
+    const struct attention *a = arg;
+    int n_kv = a->config.n_kv_heads;
+    int task = (int)((int64_t)a->n_runs * n_kv * thread / n_threads), run = task / n_kv;
+    struct segment s = {.run = run, .n_rows = 1, .position = a->positions[run]};
+    return memory_ahead(a, &s, a->next_layer, task % n_kv);
+}
+
+void attention_expect(struct attention *a, int layer) {
+    a->next_layer = layer;
+    team_expect(a->team, row_by_row(a) ? NULL : first_task, a);
+}
+
 /* A segment that is one question does everything at once; of the others keys enter. */
 static void append_tasks(void *arg, int thread, int n_threads) {
     struct layer_job *job = arg;
@@ -512,8 +526,8 @@ static void row_tasks(void *arg, int thread, int n_threads) {
     }
 }
 
-/* Few questions leave threads idle.  One a head occupies more, but needs a second phase, which costs
- * about as much as a head. */
+/* Few questions leave threads idle.  One a head occupies more, but needs a second phase, which
+ * costs about as much as a head. */
 static bool worth_splitting(const struct attention *a, int n_questions) {
     int threads = a->n_threads, whole = (n_questions + threads - 1) / threads * a->group;
     return (n_questions * a->group + threads - 1) / threads + 1 < whole;

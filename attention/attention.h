@@ -101,6 +101,9 @@ struct attention_run { /* rows first_row .. first_row + n_rows - 1 are the next 
  * No slot may be in two runs. */
 void attention_step_begin(struct attention *a, const struct attention_run *runs, int n_runs);
 
+/* This layer comes after the team's next run: threads that wait meanwhile load what their first tasks read (team.h). */
+void attention_expect(struct attention *a, int layer);
+
 /* One layer: q [rows][n_heads][D], k and v [rows][n_kv_heads][D], all before RoPE, row strides in floats (they may lie in one
  * fused buffer), -> y [rows][n_heads * D] stride y_stride.  Folds, chooses the cache, appends, attends. */
 void attention_layer(struct attention *a, int layer, float *y, size_t y_stride, const float *q,

@@ -99,6 +99,7 @@ struct attention {
     float *far_cosines, *far_sines; /* [D / 2] of max_distance */
     struct segment *segments;       /* [max_runs] of the present wave */
     int n_segments;
+    int next_layer; /* attention_expect() */
 
     float linear_off;
     int places; /* of the cache in use: config.cache_size, or fewer (attention_set_cache_places) */
@@ -160,7 +161,7 @@ int answer_spans(const struct attention *a, const struct memory *m, int64_t posi
 /* Answers one part of a segment's rows and heads, and asks for what is ahead meanwhile. */
 void answer_part(const struct layer_job *job, const struct segment *segment, int kv_head, int part,
                  const struct ahead *ahead, struct scratch *tmp);
-/* What whoever appends to and answers from this memory will read. */
+/* What whoever appends to and answers from this memory will read, of the maps too. */
 struct ahead memory_ahead(const struct attention *a, const struct segment *segment, int layer,
                           int kv_head);
 

@@ -19,6 +19,7 @@
 #define URCHIN_ATTENTION_KERNELS_H
 
 #include "attention/attention.h"
+#include "compute/ahead.h"
 
 enum { TILE = 16 };        /* keys of a tile, and lanes of a vector */
 enum { MAX_QUERIES = 16 }; /* (row, head) pairs answered together */
@@ -48,16 +49,6 @@ struct span { /* entries first .. first + count - 1 */
     int first, count;
 };
 
-/* Memory that is read soon, by another question: a product asks for some of it beside each of its
- * own steps, so that neither waits.  The last range first. */
-enum { MAX_AHEAD = 7 };
-struct ahead {
-    struct range {
-        const char *at, *end;
-    } range[MAX_AHEAD];
-    int n;
-};
-
 /* Rows of consecutive positions of one sequence, for some query heads of one kv head. */
 struct question {
     int n_rows, n_heads; /* n_rows * n_heads <= MAX_QUERIES */
@@ -81,7 +72,7 @@ struct question {
     float *y; /* row r, head h at y + r * y_row + h * D */
     size_t y_row;
 
-    struct ahead ahead;
+    struct ahead ahead; /* another question's: a product asks for some beside each of its own steps */
 };
 
 /* Where a thread writes between loads: for one question. */

@@ -395,8 +395,11 @@ struct ahead memory_ahead(const struct attention *a, const struct segment *segme
         if (next_is_for(a, layer, kv_head, &m, segment->position / w)) state = m.next;
         first = 0, last = end = place + w; /* keys move, of the block that leaves as well */
     }
-    if (memory_folded(a, segment->position) > 0)
+    if (memory_folded(a, segment->position) > 0) {
+        size_t map = (size_t)a->group * a->shape.head_dim * a->shape.f_lanes;
         add_range(&ahead, state, 0, (size_t)a->state_heads * l->state_floats * sizeof *state);
+        add_range(&ahead, a->weights[layer].map_q + kv_head * map, 0, map * sizeof(float));
+    }
     if (place < ring + w && segment->position >= w) /* the block before is the second half */
         add_entries(a, &m, &ahead, ring + w, ring + 2 * w);
     add_entries(a, &m, &ahead, 0, end);

@@ -43,15 +43,11 @@ enum { ROWS = 4, VECS = 4 };
 
 /* Beside every i, LINES cache lines of what is needed next are asked for; where nothing is, step is
  * 0 and it is one line at hand again and again, which costs nothing. */
-enum { LINE = 64, LINES = 2 };
+enum { LINES = 2 };
 struct asked {
     const char *next;
     size_t step;
 };
-
-V_FN void ask_for_line(const void *at) {
-    __builtin_prefetch(at, 0, 2); /* into the second level: the first has work at hand */
-}
 
 /* How 16-bit elements are loaded two vectors at a time: from two rows of b (a tile of keys), or from
  * one (values). */
@@ -101,7 +97,7 @@ V_FN void block(const int rows, const int vecs, const enum pairs pairs, float *y
             for (int v = 0; v < vecs; v++)
                 ask_for_line((const uint16_t *)b.at + (size_t)i * b.row + (size_t)(v + VECS) * b.vec);
         for (int k = 0; k < at_once * LINES; k++)
-            ask_for_line(ask.next + k * LINE);
+            ask_for_line(ask.next + k * CACHE_LINE);
         ask.next += ask.step * at_once;
         add_products(sum, rows, vecs, a, (size_t)i, row[0]);
         if (pairs == DOWN) add_products(sum, rows, vecs, a, (size_t)i + 1, row[1]);
@@ -148,8 +144,8 @@ static struct asked ask_some(struct ahead *ahead, int n, const void *hot) {
     while (ahead && ahead->n && ahead->range[ahead->n - 1].at >= ahead->range[ahead->n - 1].end)
         ahead->n--;
     if (!ahead || !ahead->n) return (struct asked){hot, 0};
-    struct asked ask = {ahead->range[ahead->n - 1].at, LINES * LINE};
-    ahead->range[ahead->n - 1].at += (size_t)n * LINES * LINE;
+    struct asked ask = {ahead->range[ahead->n - 1].at, LINES * CACHE_LINE};
+    ahead->range[ahead->n - 1].at += (size_t)n * LINES * CACHE_LINE;
     return ask;
 }
 

@@ -358,6 +358,11 @@ enum {
     MULTIPLY_ALONE = 256 << 10, /* multiplications */
 };
 
+enum {
+    EXPECT_ROWS = 8,          /* with more, products compute for longer than they read */
+    EXPECT_BYTES = 256 << 10, /* of a thread: a part of its second-level cache */
+};
+
 struct job {
     const struct compute_kernels *kernels;
     struct matmul_args args;
@@ -389,6 +394,18 @@ static void multiply(void *arg, int thread, int n_threads) {
     int first = share(job->n_panels, thread, n_threads);
     int end = share(job->n_panels, thread + 1, n_threads);
     job->kernels->matmul[job->type](&job->args, first, end);
+}
+
+static struct ahead first_panels(const void *arg, int thread, int n_threads) {
+    const struct matrix *w = arg;
+    int first = share(w->n_panels, thread, n_threads);
+    size_t bytes = (size_t)(share(w->n_panels, thread + 1, n_threads) - first) * w->panel_bytes;
+    const char *at = (const char *)w->data + (size_t)first * w->panel_bytes;
+    return (struct ahead){{{at, at + (bytes < EXPECT_BYTES ? bytes : EXPECT_BYTES)}}, 1};
+}
+
+void matrix_expect(struct team *team, const struct matrix *w, int n_rows) {
+    team_expect(team, w && n_rows <= EXPECT_ROWS ? first_panels : NULL, w);
 }
 
 void matmul(struct team *team, struct matmul_scratch *scratch, float *y, size_t y_stride,

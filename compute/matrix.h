@@ -69,4 +69,9 @@ void matmul(struct team *team, struct matmul_scratch *scratch, float *y, size_t 
             const float *x, size_t x_stride, int n_rows, const struct matrix *w,
             const float *bias);
 
+/* The product after the next is by w (borrowed until it is made or another is expected), of so many
+ * rows: with few, where reading w is what takes the time, threads that wait meanwhile load their first
+ * panels (team.h).  NULL: nothing is expected. */
+void matrix_expect(struct team *team, const struct matrix *w, int n_rows);
+
 #endif

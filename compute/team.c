@@ -28,6 +28,7 @@ enum {
     SPIN_NS = 50000,        /* longer than the gaps between the matmuls of one step */
     SPIN_CROWDED_NS = 2000, /* more threads than CPUs: whoever waits is in the way of a worker */
     MOST_CPUS = 8192,
+    LOADS = 4,              /* lines between two looks, in less than a microsecond */
 };
 
 struct worker {
@@ -44,6 +45,8 @@ struct team {
     /* written by the caller before `run` changes, read by workers after */
     void (*fn)(void *arg, int thread, int n_threads);
     void *arg;
+    team_reads *reads;
+    const void *reads_arg;
     bool stop;
     /* the caller and the workers each wait on a line of their own */
     _Alignas(64) _Atomic uint32_t run;
@@ -76,11 +79,13 @@ static int64_t now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* Waits until *word differs from value and returns what it became. */
+/* Waits until *word differs from value, loading what is ahead, and returns what it became. */
 static uint32_t wait_change(_Atomic uint32_t *word, uint32_t value, _Atomic uint32_t *sleepers,
-                            long spin_ns) {
+                            long spin_ns, struct ahead *ahead) {
     uint32_t seen;
     int64_t end = 0;
+    for (; ahead->n; ahead_load(ahead, LOADS))
+        if ((seen = atomic_load_explicit(word, memory_order_acquire)) != value) return seen;
     for (;;) {
         for (int i = 0; i < 64; i++) {
             if ((seen = atomic_load_explicit(word, memory_order_acquire)) != value) return seen;
@@ -110,14 +115,22 @@ static void stay_near(const struct worker *self) {
     CPU_FREE(near);
 }
 
+/* What a thread that is done with its part of the run reads in the next. */
+static struct ahead reads_next(const struct team *team, int thread) {
+    if (!team->reads || team->spin_ns == SPIN_CROWDED_NS) return (struct ahead){.n = 0};
+    return team->reads(team->reads_arg, thread, team->n_threads);
+}
+
 static void *work(void *arg) {
     struct worker *self = arg;
     struct team *team = self->team;
+    struct ahead ahead = {.n = 0};
     stay_near(self);
     for (uint32_t seen = 0;;) {
-        seen = wait_change(&team->run, seen, &team->sleepers, team->spin_ns);
+        seen = wait_change(&team->run, seen, &team->sleepers, team->spin_ns, &ahead);
         if (team->stop) return NULL;
         team->fn(team->arg, self->thread, team->n_threads);
+        ahead = reads_next(team, self->thread); /* the caller may change it once nobody is busy */
         if (atomic_fetch_sub(&team->busy, 1) == 1 && atomic_load(&team->caller_sleeps))
             futex_wake_all(&team->busy);
     }
@@ -260,6 +273,12 @@ void team_run(struct team *team, void (*fn)(void *arg, int thread, int n_threads
         announce(team);
     }
     fn(arg, 0, team->n_threads);
+    struct ahead ahead = reads_next(team, 0);
     for (uint32_t busy; (busy = atomic_load_explicit(&team->busy, memory_order_acquire));)
-        wait_change(&team->busy, busy, &team->caller_sleeps, team->spin_ns);
+        wait_change(&team->busy, busy, &team->caller_sleeps, team->spin_ns, &ahead);
+}
+
+void team_expect(struct team *team, team_reads *reads, const void *arg) {
+    team->reads = reads;
+    team->reads_arg = arg;
 }

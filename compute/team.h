@@ -10,6 +10,7 @@
 #ifndef URCHIN_COMPUTE_TEAM_H
 #define URCHIN_COMPUTE_TEAM_H
 
+#include "compute/ahead.h"
 #include "config/err.h"
 
 struct team;
@@ -19,5 +20,12 @@ enum err team_new(struct team **out, int n_threads);
 void team_free(struct team *team); /* joins the workers; NULL is fine */
 int team_size(const struct team *team);
 void team_run(struct team *team, void (*fn)(void *arg, int thread, int n_threads), void *arg);
+
+/* A thread that waits, for others to finish or for the next run, can meanwhile bring near what it reads
+ * first then: `reads` says what that is.  It is called on each thread when that has done its part of a
+ * run, with the arg given here (borrowed), from the next run on until another is given; NULL: nothing
+ * is read.  Hints: what is computed does not depend on them, nor when a thread sees that it has work. */
+typedef struct ahead team_reads(const void *arg, int thread, int n_threads);
+void team_expect(struct team *team, team_reads *reads, const void *arg);
 
 #endif

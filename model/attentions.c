@@ -136,6 +136,10 @@ void attentions_step_begin(struct attentions *a, const struct attention_run *run
     attention_step_begin(a->second, a->runs, n_runs);
 }
 
+void attentions_expect(struct attentions *a, int layer) {
+    attention_expect(a->layers[layer].attention, a->layers[layer].index);
+}
+
 void attentions_layer(struct attentions *a, int layer, float *y, size_t y_stride, const float *q,
                       size_t q_stride, const float *k, size_t k_stride, const float *v,
                       size_t v_stride) {

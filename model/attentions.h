@@ -34,6 +34,7 @@ enum err attentions_state_load(const struct attentions *a, void *slot, const voi
                                size_t bytes, char *msg, size_t msg_len);
 
 void attentions_step_begin(struct attentions *a, const struct attention_run *runs, int n_runs);
+void attentions_expect(struct attentions *a, int layer);
 void attentions_layer(struct attentions *a, int layer, float *y, size_t y_stride, const float *q,
                       size_t q_stride, const float *k, size_t k_stride, const float *v,
                       size_t v_stride);

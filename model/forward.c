@@ -4,6 +4,9 @@
  *   per layer:  x += W_o attention(W_qkv norm(x));   x += W_down act(W_gate norm(x), W_up norm(x))
  *   logits = W_head norm(x)                           for the rows that ask
  *
+ * With few rows a step is one reading of the weights: before each run of the team the matrix of the
+ * next is named, and threads that wait load it (team.h).
+ *
  * Every operation works on its row alone or is promised to (matrix.h, attention.h), so a row's
  * logits do not depend on the batch. */
 #include "compute/ops.h"
@@ -197,22 +200,27 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
     for (int i = 0; i < c->n_layers; i++) {
         const struct layer_weights *l = &w->layers[i];
         bool last = i + 1 == c->n_layers;
+        attentions_expect(m->attention, i);
         matmul(m->team, m->scratch, m->qkv, qkv, m->normed, hidden, n_rows, l->qkv, l->qkv_bias);
         product_took(m, OP_QKV, l->qkv, n_rows);
         if (m->tap) m->tap(m->tap_arg, i, m->qkv, n_rows);
+        matrix_expect(m->team, l->o, n_rows);
         attentions_layer(m->attention, i, m->y, q, m->qkv, qkv, m->qkv + q, qkv, m->qkv + q + kv,
                          qkv);
         if (last) n_rows = keep_logit_rows(m, n_logits);
         took(m, OP_ATTENTION, 0);
+        matrix_expect(m->team, l->gate_up, n_rows);
         matmul(m->team, m->scratch, m->delta, hidden, m->y, q, n_rows, l->o, l->o_bias);
         product_took(m, OP_O, l->o, n_rows);
         for_rows((struct row_op){m, add_row, n_rows, l->ffn_norm, l->ffn_norm_bias});
         took(m, OP_ADD_NORM, 0);
+        matrix_expect(m->team, l->down, n_rows);
         matmul(m->team, m->scratch, m->ffn, gate_up, m->normed, hidden, n_rows, l->gate_up,
                l->gate_up_bias);
         product_took(m, OP_GATE_UP, l->gate_up, n_rows);
         for_rows((struct row_op){m, activate_row, n_rows, NULL, NULL});
         took(m, OP_ACTIVATE, 0);
+        matrix_expect(m->team, last ? w->head : l[1].qkv, n_rows);
         matmul(m->team, m->scratch, m->delta, hidden, m->ffn, gate_up, n_rows, l->down,
                l->down_bias);
         product_took(m, OP_DOWN, l->down, n_rows);
@@ -221,6 +229,7 @@ enum err model_step(struct model *m, const struct model_run *runs, int n_runs,
         took(m, OP_ADD_NORM, 0);
     }
     attentions_step_end(m->attention);
+    matrix_expect(m->team, NULL, 0);
     matmul(m->team, m->scratch, m->logits, (size_t)c->vocab_size, m->normed, hidden, n_rows,
            w->head, NULL);
     product_took(m, OP_HEAD, w->head, n_rows);

@@ -2,7 +2,9 @@
  * else is in the step, in whichever slot, with any number of threads, on AVX2 and AVX-512 alike. */
 #include "attention_rig.h"
 
+#include "attention/internal.h"
 #include "compute/cpu.h"
+#include "compute/team.h"
 
 #include <stdio.h>
 
@@ -134,6 +136,10 @@ enum {
 
 /* One step in which sequence s reads from[s] .. to[s] - 1, rows in the order given, in one fused
  * buffer of q, k, v. */
+static void nothing(void *arg, int thread, int n_threads) {
+    (void)arg, (void)thread, (void)n_threads;
+}
+
 static void batch_step(const struct rig *g, void *const *slots, const int *order, const int *from,
                        const int *to, float *y) {
     size_t q = row_floats(g), kv = (size_t)g->config.n_kv_heads * g->config.head_dim,
@@ -161,6 +167,8 @@ static void batch_step(const struct rig *g, void *const *slots, const int *order
                 memcpy(at + q, g->k[layer] + token * kv, kv * sizeof *at);
                 memcpy(at + q + kv, g->v[layer] + token * kv, kv * sizeof *at);
             }
+        attention_expect(g->a, layer);
+        team_run(g->team, nothing, NULL);
         attention_layer(g->a, layer, out, q + 3, in, stride, in + q, stride, in + q + kv, stride);
         row = 0;
         for (int i = 0; i < SEQUENCES; i++)
@@ -238,6 +246,72 @@ static void test_neighbours_slots_and_threads_change_no_bit(void **state) {
     }
 }
 
+/* ---- what is loaded ahead ---- */
+
+static bool holds(const struct ahead *ahead, const void *at, size_t bytes) {
+    for (int i = 0; i < ahead->n; i++)
+        if ((const char *)at >= ahead->range[i].at &&
+            (const char *)at + bytes <= ahead->range[i].end)
+            return true;
+    return bytes == 0;
+}
+
+static bool lies_in(struct range r, const void *at, size_t bytes) {
+    return r.at >= (const char *)at && r.at <= r.end && r.end <= (const char *)at + bytes;
+}
+
+/* Ranges are loaded, so they must lie inside: all of them in the slot, where other kv heads are,
+ * but for the maps.  And they hold what the row's answer reads. */
+static void check_ahead(const struct rig *g, const void *slot, int layer, int kv_head,
+                        int64_t position) {
+    const struct attention *a = g->a;
+    struct segment s = {.run = 0, .n_rows = 1, .position = position};
+    struct ahead ahead = memory_ahead(a, &s, layer, kv_head);
+    struct memory m = memory_of(a, slot, layer, kv_head);
+    size_t map = (size_t)a->group * a->shape.head_dim * a->shape.f_lanes,
+           element = a->config.kv_type == KV_BF16 ? 2 : 4, row = a->shape.lanes * element,
+           tile = (size_t)TILE * a->shape.head_dim * element;
+    const float *maps = a->weights[layer].map_q + kv_head * map;
+    assert_in_range(ahead.n, 1, MAX_AHEAD);
+    for (int i = 0; i < ahead.n; i++)
+        assert_true(lies_in(ahead.range[i], slot, attention_slot_bytes(a)) ||
+                    lies_in(ahead.range[i], maps, map * sizeof *maps));
+    if (memory_folded(a, position) > 0) {
+        assert_true(holds(&ahead, m.state,
+                          (size_t)a->state_heads * a->layout.state_floats * sizeof *m.state));
+        assert_true(holds(&ahead, maps, map * sizeof *maps));
+    }
+    if (position % a->config.window_size == 0) return; /* places are about to change */
+    struct span spans[MAX_SPANS];
+    int growing, n = answer_spans(a, &m, position, spans, &growing);
+    for (int k = 0; k < n; k++) {
+        size_t first = (size_t)spans[k].first, end = first + (size_t)spans[k].count;
+        assert_true(holds(&ahead, (char *)m.values + first * row, (end - first) * row));
+        for (size_t t = first / TILE; t < (end + TILE - 1) / TILE; t++)
+            assert_true(holds(&ahead, (char *)m.turned + t * tile, tile));
+    }
+}
+
+static void test_what_is_loaded_ahead_lies_inside_and_holds_what_is_read(void **state) {
+    (void)state;
+    enum { N = 150 };
+    for (int kind = 0; kind < N_KINDS; kind++) {
+        struct rig g;
+        rig_open(&g, kinds[kind](kind % 2 ? KV_FP32 : KV_BF16), 100, N, 1, false);
+        void *slot = slot_open(&g);
+        float *y = rows_open(&g);
+        for (int n = 0; g.config.window == WINDOW_TERRACED && n < N; n++) {
+            rig_read(&g, slot, n, n + 1, y);
+            attention_step_begin(g.a, &(struct attention_run){.slot = slot, .n_rows = 1}, 1);
+            for (int layer = 0; layer < RIG_LAYERS; layer++)
+                for (int kv_head = 0; kv_head < g.config.n_kv_heads; kv_head++)
+                    check_ahead(&g, slot, layer, kv_head, n + 1);
+        }
+        free(slot), free(y);
+        rig_close(&g);
+    }
+}
+
 static void test_avx2_and_avx512_give_the_same_bits(void **state) {
     (void)state;
     if (cpu_isa() != CPU_AVX512 && cpu_isa() != CPU_AMX) skip();
@@ -264,6 +338,7 @@ int main(void) {
         cmocka_unit_test(test_every_cut_of_300_tokens_maps_after_rope),
         cmocka_unit_test(test_cuts_of_other_kinds),
         cmocka_unit_test(test_neighbours_slots_and_threads_change_no_bit),
+        cmocka_unit_test(test_what_is_loaded_ahead_lies_inside_and_holds_what_is_read),
         cmocka_unit_test(test_avx2_and_avx512_give_the_same_bits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

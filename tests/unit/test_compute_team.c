@@ -7,11 +7,13 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -154,6 +156,108 @@ static void test_workers_leave_signals_to_the_callers_threads(void **state) {
     team_free(team);
 }
 
+/* ---- what is ahead ---- */
+
+static void test_lines_ahead_are_loaded_in_order_and_no_more_than_asked(void **state) {
+    (void)state;
+    static const char text[1000];
+    struct ahead ahead = {{{text + 640, text + 1000}, {text, text + 129}, {text, text}}, 3};
+    ahead_load(&ahead, 0);
+    assert_int_equal(ahead.n, 2); /* the empty one is gone */
+    ahead_load(&ahead, 2);
+    assert_int_equal(ahead.n, 2);
+    assert_ptr_equal(ahead.range[1].at, text + 128);
+    assert_ptr_equal(ahead.range[0].at, text + 640);
+    ahead_load(&ahead, 4); /* one is left of the last range, three are of the first */
+    assert_int_equal(ahead.n, 1);
+    assert_ptr_equal(ahead.range[0].at, text + 640 + 3 * CACHE_LINE);
+    ahead_load(&ahead, 3); /* 360 bytes are six lines, the last of them short */
+    assert_int_equal(ahead.n, 0);
+    ahead_load(&ahead, 5);
+    assert_int_equal(ahead.n, 0);
+}
+
+enum { PAGES = 4 }; /* a thread's: one before and one behind that no one may touch */
+
+struct reading {
+    char *pages; /* [threads][PAGES] */
+    size_t page;
+    _Atomic int asked[MAX_THREADS];
+    int n_threads;
+};
+
+static struct ahead own_pages(const void *arg, int thread, int n_threads) {
+    struct reading *r = (struct reading *)arg;
+    char *own = r->pages + (size_t)thread * PAGES * r->page;
+    atomic_fetch_add(&r->asked[thread], 1);
+    assert_int_equal(n_threads, r->n_threads);
+    return (struct ahead){
+        {{own + 2 * r->page, own + 3 * r->page}, {own + r->page, own + 2 * r->page}}, 2};
+}
+
+static void pause_by_turns(void *arg, int thread, int n_threads) {
+    const int *late_one = arg;
+    (void)n_threads;
+    if (thread == *late_one) nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+}
+
+static bool touched(char *page, size_t size) {
+    unsigned char there = 0;
+    assert_int_equal(mincore(page, size, &there), 0);
+    return there & 1;
+}
+
+/* Waiting for a late caller, a worker loads what was named for it and nothing beside it, which
+ * would be a fault; so does the caller for a late worker.  Where loads are only hints, nothing is
+ * seen. */
+static void test_a_thread_that_waits_loads_what_it_reads_next(void **state) {
+    (void)state;
+    cpu_set_t all;
+    assert_int_equal(sched_getaffinity(0, sizeof all, &all), 0);
+    if (CPU_COUNT(&all) < 2) skip(); /* a crowded team leaves the CPU to others */
+    struct team *team = team_of(2);
+    for (int late_one = 0; late_one < 2; late_one++) {
+        struct reading r = {.page = (size_t)sysconf(_SC_PAGESIZE), .n_threads = 2};
+        size_t bytes = 2 * PAGES * r.page;
+        r.pages = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        assert_true(r.pages != MAP_FAILED);
+        for (size_t t = 0; t < 2; t++)
+            assert_int_equal(mprotect(r.pages + (t * PAGES + 1) * r.page, 2 * r.page, PROT_READ),
+                             0);
+        team_run(team, pause_by_turns, &late_one);
+        assert_int_equal(r.asked[0] + r.asked[1], 0);
+        team_expect(team, own_pages, &r);
+        for (int run = 1; run <= 2; run++) {
+            team_run(team, pause_by_turns, &late_one);
+            assert_int_equal(r.asked[0], run);
+            assert_int_equal(r.asked[1], run);
+        }
+        team_expect(team, NULL, NULL);
+        team_run(team, pause_by_turns, &late_one);
+        assert_int_equal(r.asked[0] + r.asked[1], 4);
+#if defined(__x86_64__)
+        for (size_t p = 1; p <= 2; p++)
+            assert_true(touched(r.pages + ((size_t)!late_one * PAGES + p) * r.page, r.page));
+#endif
+        munmap(r.pages, bytes);
+    }
+    team_free(team);
+}
+
+static void test_expecting_changes_no_run(void **state) {
+    (void)state;
+    for (int n = 1; n <= MAX_THREADS; n += n < 4 ? 1 : 5) {
+        struct team *team = team_of(n);
+        static char data[MAX_THREADS * PAGES << 12];
+        struct reading r = {.pages = data, .page = 1 << 12, .n_threads = n};
+        team_expect(team, own_pages, &r);
+        check_runs(team, 500, 0);
+        for (long pause = 1000; pause < 80000; pause += 5000)
+            check_runs(team, 3, pause);
+        team_free(team);
+    }
+}
+
 static void test_memory_is_zeroed_and_aligned(void **state) {
     (void)state;
     static const size_t sizes[] = {1,      63, 4096, 5000, (2 << 20) - 1, 2 << 20, (2 << 20) + 1,
@@ -263,6 +367,9 @@ int main(void) {
         cmocka_unit_test(test_teams_come_and_go),
         cmocka_unit_test(test_a_team_of_zero_is_as_large_as_the_cpus_allowed),
         cmocka_unit_test(test_workers_leave_signals_to_the_callers_threads),
+        cmocka_unit_test(test_lines_ahead_are_loaded_in_order_and_no_more_than_asked),
+        cmocka_unit_test(test_a_thread_that_waits_loads_what_it_reads_next),
+        cmocka_unit_test(test_expecting_changes_no_run),
         cmocka_unit_test(test_memory_is_zeroed_and_aligned),
         cmocka_unit_test(test_unmapping_gives_everything_back),
         cmocka_unit_test(test_too_much_memory_is_refused),
