@@ -49,7 +49,8 @@ struct memory {
     int64_t *chosen_for; /* at which block and by how many places; 0: no choice was made */
     float *next;         /* the states once what was not chosen is folded (terraced windows) */
     int64_t *next_for;   /* as chosen_for */
-    bool *exchanged;     /* state lies where next would, and the other way round */
+    atomic_bool *exchanged; /* state lies where next would, and the other way round; atomic, because
+                             * who asks for memory ahead looks while it is another thread's */
 };
 
 struct scratch { /* one thread's */

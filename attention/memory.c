@@ -272,7 +272,7 @@ static void exchange(struct memory *m) {
     float *state = m->next;
     m->next = m->state;
     m->state = state;
-    *m->exchanged = !*m->exchanged;
+    atomic_store_explicit(m->exchanged, !*m->exchanged, memory_order_relaxed);
 }
 
 /* Is the state of block b at hand?  It was made of what was chosen, not of a set imposed since. */
@@ -392,7 +392,8 @@ struct ahead memory_ahead(const struct attention *a, const struct segment *segme
     size_t tile = (size_t)TILE * a->shape.head_dim * element_bytes(a);
     float *state = m.state;
     if (segment->position % w == 0) {
-        if (next_is_for(a, layer, kv_head, &m, segment->position / w)) state = m.next;
+        /* As a rule: the memory may be another thread's by now, so nothing in it is read. */
+        state = m.next;
         first = 0, last = end = place + w; /* keys move, of the block that leaves as well */
     }
     if (memory_folded(a, segment->position) > 0) {

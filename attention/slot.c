@@ -49,7 +49,7 @@ void layout_init(struct attention *a) {
         l->chosen + (l->cache ? heads * (size_t)(l->cache + c->window_size) * sizeof(bool) : 0));
     l->next_for = l->chosen_for + heads * sizeof(int64_t);
     l->exchanged = l->next_for + heads * sizeof(int64_t);
-    l->next = align(l->exchanged + heads * sizeof(bool));
+    l->next = align(l->exchanged + heads * sizeof(atomic_bool));
     l->slot_bytes = align(l->next + (c->window == WINDOW_TERRACED ? l->keys - l->states : 0));
 }
 
@@ -69,13 +69,13 @@ static struct memory memory_at(const struct attention *a, const void *slot, int 
         .chosen_for = (int64_t *)(at + l->chosen_for) + head,
         .next = (float *)(at + l->next) + head * a->state_heads * l->state_floats,
         .next_for = (int64_t *)(at + l->next_for) + head,
-        .exchanged = (bool *)(at + l->exchanged) + head,
+        .exchanged = (atomic_bool *)(at + l->exchanged) + head,
     };
 }
 
 struct memory memory_of(const struct attention *a, const void *slot, int layer, int kv_head) {
     struct memory m = memory_at(a, slot, layer, kv_head);
-    if (!*m.exchanged) return m;
+    if (!atomic_load_explicit(m.exchanged, memory_order_relaxed)) return m;
     float *state = m.next;
     m.next = m.state;
     m.state = state;
