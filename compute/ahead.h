@@ -4,11 +4,13 @@
 
 enum { CACHE_LINE = 64, MAX_AHEAD = 8 };
 
+struct range {
+    const char *at, *end;
+};
+
 /* The last range is read first.  All of it is mapped. */
 struct ahead {
-    struct range {
-        const char *at, *end;
-    } range[MAX_AHEAD];
+    struct range range[MAX_AHEAD];
     int n;
 };
 
