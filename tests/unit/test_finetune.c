@@ -20,7 +20,7 @@ static double number_of(const char *path, const char *object, const char *key) {
 }
 
 /* The whole way: held-out text, a window and a cache that are an eleventh of what is read.  What it
- * costs without fine-tuning is 4 % (bench/convert_stories.sh has more steps, and 1.4 %). */
+ * costs without fine-tuning is 4 % (bench/convert_stories.sh has more steps, and 0.6 %). */
 static void test_both_stages_bring_a_model_within_two_percent_of_its_base(void **state) {
     (void)state;
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
