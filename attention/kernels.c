@@ -423,13 +423,26 @@ static void read_value(const struct shape *s, float *v, const void *values, int 
 typedef uint16_t halves __attribute__((vector_size(2 * TILE))); /* a row of a tile, in 16 bits */
 typedef uint32_t wholes __attribute__((vector_size(4 * TILE)));
 
+/* Lane l of the result is lane from[l] of x.  Clang has no shuffle by a variable. */
+#ifdef __clang__
+#define SHUFFLED(x, from)                                                                          \
+    ({                                                                                             \
+        __typeof__(x) y_;                                                                          \
+        for (int l_ = 0; l_ < TILE; l_++)                                                          \
+            y_[l_] = (x)[(from)[l_]];                                                              \
+        y_;                                                                                        \
+    })
+#else
+#define SHUFFLED(x, from) __builtin_shuffle(x, from)
+#endif
+
 /* Row by row of a tile: lane l becomes lane from[l] of src where take[l] is all ones. */
 V_FN void move_halves(uint16_t *dst, const uint16_t *src, int n_rows, halves from, halves take) {
     for (size_t d = 0; d < (size_t)n_rows * TILE; d += TILE) {
         halves x, y;
         memcpy(&x, src + d, sizeof x);
         memcpy(&y, dst + d, sizeof y);
-        y = (__builtin_shuffle(x, from) & take) | (y & ~take);
+        y = (SHUFFLED(x, from) & take) | (y & ~take);
         memcpy(dst + d, &y, sizeof y);
     }
 }
@@ -438,7 +451,7 @@ V_FN void move_wholes(uint32_t *dst, const uint32_t *src, int n_rows, wholes fro
         wholes x, y;
         memcpy(&x, src + d, sizeof x);
         memcpy(&y, dst + d, sizeof y);
-        y = (__builtin_shuffle(x, from) & take) | (y & ~take);
+        y = (SHUFFLED(x, from) & take) | (y & ~take);
         memcpy(dst + d, &y, sizeof y);
     }
 }
