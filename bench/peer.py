@@ -87,7 +87,7 @@ def heading(what):
 def decode(p):
     heading("Decode, one sequence")
     for weights, kind in [("int8", "Q8_0"), ("int4", "Q4_0"), ("int4", "Q4_1"), ("bf16", "BF16")]:
-        settings = (1, 0)
+        settings = tuple(p.o.flash)
         for depth in p.o.depths if weights in p.o.formats else []:
             if weights != "int8" and depth > 4096:
                 continue
@@ -96,7 +96,7 @@ def decode(p):
                 *(lambda flash=flash: p.llama_bench(kind, flash, "-p", 0, "-n", 64, "-d", depth) for flash in settings))
             theirs = dict(zip(settings, theirs))
             on, off = theirs.get(1, 0), theirs.get(0, 0)
-            if depth >= 8192:
+            if depth >= 8192 and len(settings) > 1:
                 settings = (1,) if on >= off else (0,)
             versus(f"{weights} ({kind}), depth {depth:,}", ours, on, off)
 
@@ -223,8 +223,10 @@ def main():
     parser.add_argument("--depths", default="0,1024,4096,8192,16384,32768")
     parser.add_argument("--formats", default="int8,int4,bf16", help="of decode and prefill")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--flash", default="1,0", help="llama.cpp's settings of flash attention that decode tries")
     options = parser.parse_args()
     options.formats = options.formats.split(",")
+    options.flash = [int(f) for f in options.flash.split(",")]
     options.depths = [int(d) for d in options.depths.split(",")]
     options.llama = options.llama.resolve()
     os.chdir(HERE.parent)
