@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """research.py - what each choice of a conversion is worth: stories260K converted once for each, both stages, and read beside its base.
 
-    python3 bench/research.py [--rows features,exact,recent,horizon,training,pure] [--threads 1] [--seeds 0,1]
+    python3 bench/research.py [--rows features,exact,recent,horizon,rate,training,pure] [--threads 1] [--seeds 0,1]
 
 Text of training and of measuring are two files of this repository.  Every conversion is `urchin convert` with the flags of
 bench/convert_stories.sh and those in the first column; the figures are means over --seeds.  `bytes` is what one saved sequence takes.
@@ -26,7 +26,8 @@ ROWS = {
     "exact": ("Window against cache, 80 exact keys in all",
               [["--window-size", w, "--cache-size", 80 - 2 * w, "--cache-recent", (80 - 2 * w) // 4] for w in (8, 16, 24, 32, 40)]),
     "recent": ("Places of a cache of 16 that prefer recent keys", [["--cache-recent", n] for n in (0, 4, 8, 16)]),
-    "horizon": ("Horizon (sequences of 512 tokens)", [["--horizon", n] for n in (64, 128, 256, 1024)]),
+    "horizon": ("Horizon (sequences of 512 tokens)", [["--horizon", n] for n in (32, 64, 128, 256)]),
+    "rate": ("Rate of maps in fine-tuning", [["--finetune-lr-maps", x] for x in (0.0001, 0.001, 0.03)]),
     "training": ("What is trained", [["--steps", 0], ["--finetune", "none"], ["--recall", 0.15], ["--finetune-loss", "next-token"],
                                      ["--steps", 0, "--finetune-steps", 800]]),
     "pure": ("The paper's recipe: no window, no sinks, no cache; by steps of fine-tuning (4,096 tokens each)",
@@ -69,7 +70,7 @@ def main():
         title, variants = ROWS[name]
         print(f"\n{title}\n\n| | perplexity | against the base | mean KL, nats | exact keys only | tokens learned from | bytes |\n|---|---|---|---|---|---|---|",
               flush=True)
-        if name in ("training",):
+        if name == "training":
             variants = [[]] + variants
         for flags in variants:
             base, model, kl, linear, tokens, size = measure(o, PURE if name == "pure" else USUAL, flags)
