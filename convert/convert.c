@@ -503,9 +503,9 @@ static enum err convert(struct conversion *c) {
     if (!e) e = check_memory(c);
     if (!e) e = take_room(c);
     if (!e) e = folder_make(c->folder, c->msg, c->msg_len);
-    if (!e) e = record_words(&c->run, c->settings->model, c->msg, c->msg_len);
     bool found = false;
     if (!e) e = checkpoint_load(&c->run, &found, c->msg, c->msg_len);
+    if (!e) e = record_words(&c->run, c->settings->model, c->msg, c->msg_len);
     if (e) return e;
     c->begun = conversion_now();
     tell_device(c);

@@ -8,7 +8,7 @@
  * key.  SmolLM2, 1,024 tokens, 80 rows of 270 heads: 360 MB and 130 million of them, 0.2 ms twins
  * convert_kernels.weigh and grade; answer(), count() and clamped_sinks() of student.c
  *
- * A block's threads take keys thread, thread + 128, ... and add in block_sums()'s order, so a row's
+ * A block's threads take keys thread, thread + 128, ... and add in block_all<add>()'s order, so a row's
  * bits depend on the row alone; rows are added one after the other, in double. */
 #include "convert/gpu_kernels.h"
 
@@ -24,12 +24,21 @@ static const float LEAST = 1e-30f; /* a weight below it counts as that: its log 
 
 /* ---- sums over a block: every thread gets the same bits ---- */
 
+struct add {
+    DEVICE float of(float a, float b) { return a + b; }
+    DEVICE float warp(float x) { return warp_sum(x); }
+};
+struct largest {
+    DEVICE float of(float a, float b) { return fmaxf(a, b); }
+    DEVICE float warp(float x) { return warp_max(x); }
+};
+
 /* shared [N][ROW_WARPS], of which no other use may be under way. */
-template <int N> DEVICE void block_sums(float (&x)[N], float *shared) {
+template <typename OP, int N> DEVICE void block_all(float (&x)[N], float *shared) {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        x[i] = warp_sum(x[i]);
+        x[i] = OP::warp(x[i]);
         if (lane == 0) shared[i * ROW_WARPS + warp] = x[i];
     }
     __syncthreads();
@@ -38,23 +47,7 @@ template <int N> DEVICE void block_sums(float (&x)[N], float *shared) {
         x[i] = shared[i * ROW_WARPS];
 #pragma unroll
         for (int w = 1; w < ROW_WARPS; w++)
-            x[i] += shared[i * ROW_WARPS + w];
-    }
-}
-template <int N> DEVICE void block_largest(float (&x)[N], float *shared) {
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        x[i] = warp_max(x[i]);
-        if (lane == 0) shared[i * ROW_WARPS + warp] = x[i];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        x[i] = shared[i * ROW_WARPS];
-#pragma unroll
-        for (int w = 1; w < ROW_WARPS; w++)
-            x[i] = fmaxf(x[i], shared[i * ROW_WARPS + w]);
+            x[i] = OP::of(x[i], shared[i * ROW_WARPS + w]);
     }
 }
 
@@ -142,7 +135,7 @@ static __global__ void __launch_bounds__(THREADS) weigh(const gpu_rows_args r) {
         most[0] = fmaxf(most[0], l);
         if (!is_linear(j)) most[1] = fmaxf(most[1], own(j, l));
     }
-    block_largest(most, lanes[1]);
+    block_all<largest>(most, lanes[1]);
     float totals[3] = {}; /* of exp(l - most), of the exact ones' likewise, of s */
     for (int j = thread; j < at.n_keys; j += THREADS) {
         const float l = p[j] * scale;
@@ -152,7 +145,7 @@ static __global__ void __launch_bounds__(THREADS) weigh(const gpu_rows_args r) {
         else
             totals[1] += expf(own(j, l) - most[1]);
     }
-    block_sums(totals, lanes[0]);
+    block_all<add>(totals, lanes[0]);
     const float log_z = most[0] + logf(totals[0]);
 
     /* log of the sums of exact and of linear weights, then of all */
@@ -192,7 +185,7 @@ static __global__ void __launch_bounds__(THREADS) weigh(const gpu_rows_args r) {
         p[j] = weight;
         a[j] = own_weight;
     }
-    block_sums(sums, lanes[2]);
+    block_all<add>(sums, lanes[2]);
     if (thread) return;
     const bool gap = linear && sums[P_LINEAR] > LEAST;
     const float out[GPU_RESULTS] = {1,
@@ -230,7 +223,7 @@ static __global__ void __launch_bounds__(THREADS) grade(const gpu_rows_args r) {
         }
         s[j] = ratio;
     }
-    block_sums(sums, shared);
+    block_all<add>(sums, shared);
     if (threadIdx.x) return;
     const float mix = r.mix[(size_t)at.layer * r.mix_layer + at.head];
     /* d log sigmoid(omega) = 1 - sigmoid(omega) */

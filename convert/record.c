@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 /* ---- the base ---- */
 static const char *last_part(const char *path) {
@@ -181,6 +182,15 @@ enum err record_words(const struct run *run, const char *base_path, char *msg, s
     if (!e && (e = tokenizer_files_write(base_gguf(base), run->folder, why, sizeof why)))
         err_set(msg, msg_len, e, "%s: %s", base_path, why);
     base_close(base);
+    if (e) { /* part of a model is none */
+        static const char *const names[] = {"config.json", "generation_config.json",
+                                            "tokenizer.json", "tokenizer_config.json"};
+        for (int i = 0; i < 4; i++) {
+            char *path = path_join(run->folder, names[i]);
+            if (path) unlink(path);
+            free(path);
+        }
+    }
     return e;
 }
 

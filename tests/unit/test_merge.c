@@ -204,6 +204,32 @@ static void test_all_weights_from_either_container_make_a_whole_folder(void **st
         }
 }
 
+/* What a GGUF base's words are written to cannot take them: nothing of them stays, and nothing was
+ * learned before. */
+static void test_words_that_cannot_be_written_leave_nothing(void **state) {
+    (void)state;
+    char file[100];
+    struct rlimit was;
+    write_letters(in("letters.txt"));
+    mkdir(in("llama"), 0700);
+    check_write(in("llama"), "llama");
+    snprintf(file, sizeof file, "%s", in("llama/model.gguf"));
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &was), 0);
+    for (rlim_t size = 300; size <= 1000; size += 700) { /* config.json has 500 bytes or so */
+        struct rlimit little = {size, was.rlim_max};
+        assert_int_equal(setrlimit(RLIMIT_FSIZE, &little), 0);
+        int status = CONVERT("convert", file, "--text", in("letters.txt"), "--out", in("out"),
+                             "--window-size", "8", "--finetune", "full");
+        assert_int_equal(setrlimit(RLIMIT_FSIZE, &was), 0);
+        assert_int_equal(status, 1);
+        if (!strstr(said, size == 300 ? "config.json" : "tokenizer")) fail_msg("%s", said);
+        assert_false(is_there(in("out/config.json")) || is_there(in("out/tokenizer.json")) ||
+                     is_there(in("out/checkpoint")));
+    }
+    signal(SIGXFSZ, handler);
+}
+
 /* The folder that models/ has: no adapter, but low-rank parts of its own (tiny_model.h). */
 static void test_a_whole_folder_with_low_rank_parts_is_merged_too(void **state) {
     (void)state;
@@ -495,6 +521,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         IN_FOLDER(test_every_architecture_from_either_container_keeps_its_bits),
         IN_FOLDER(test_all_weights_from_either_container_make_a_whole_folder),
+        IN_FOLDER(test_words_that_cannot_be_written_leave_nothing),
         IN_FOLDER(test_a_whole_folder_with_low_rank_parts_is_merged_too),
         IN_FOLDER(test_the_default_model_keeps_its_bits),
         IN_FOLDER(test_transformers_reads_the_folder_to_the_same_tokens),
