@@ -7,7 +7,7 @@ int answer_spans(const struct attention *a, const struct memory *m, int64_t posi
                  struct span spans[MAX_SPANS], int *growing) {
     const struct attention_config *c = &a->config;
     const struct layout *l = &a->layout;
-    int n = 0, ring = l->sinks + l->cache, w = c->window_size;
+    int n = 0, ring = l->sinks + m->room->cache, w = c->window_size;
     *growing = -1;
     if (!l->ring || position < 0) return 0;
     if (c->kind == ATTENTION_SOFTMAX) {
@@ -25,7 +25,7 @@ int answer_spans(const struct attention *a, const struct memory *m, int64_t posi
     }
     if (c->window == WINDOW_NONE) return 0;
     int64_t block = position / w;
-    int half = (int)(block % 2), cached = memory_cached(a, m);
+    int half = (int)(block % 2), cached = memory_cached(m);
     if (block >= 2 && l->sinks) spans[n++] = (struct span){0, l->sinks};
     if (cached) spans[n++] = (struct span){l->sinks, cached};
     for (int h = 0; h < 2; h++) {
@@ -41,7 +41,7 @@ int answer_spans(const struct attention *a, const struct memory *m, int64_t posi
 /* Sinks and cache ascend in position, so the clamped ones come first. */
 static int clamped_entries(const struct attention *a, const struct memory *m,
                            const struct span *spans, int n_spans, int64_t position) {
-    int n = 0, most = a->layout.sinks + a->layout.cache;
+    int n = 0, most = a->layout.sinks + m->room->cache;
     for (int k = 0; a->config.max_distance && k < n_spans; k++)
         for (int e = spans[k].first; e < most && e < spans[k].first + spans[k].count; e++) {
             if (!memory_clamped(a, memory_entry_position(a, m, e, position), position)) return n;
@@ -75,7 +75,7 @@ void answer_part(const struct layer_job *job, const struct segment *segment, int
         .far_sines = a->far_sines,
         .keys = m.turned,
         .values = m.values,
-        .linear = memory_folded(a, position) > 0,
+        .linear = memory_folded(a, m.room, position) > 0,
         .linear_off = a->linear_off,
         .y = job->y + row * job->y_row + head * D,
         .y_row = job->y_row,

@@ -68,7 +68,19 @@ static enum err check_hedgehog(const struct attention_config *c, char *msg, size
         return err_set(msg, msg_len, ERR_FORMAT,
                        "attention cache recent must be 0 to its size %d, not %d", c->cache_size,
                        c->cache_recent);
-    if (c->cache_recent && c->cache_age < 1)
+    if (!within(c->retrieval_size, 0, MOST))
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention cache of retrieval heads must be 0 to %d, not %d", MOST,
+                       c->retrieval_size);
+    if (c->retrieval_size && c->window != WINDOW_TERRACED)
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention cache of retrieval heads (size %d) needs a terraced window",
+                       c->retrieval_size);
+    if (!within(c->retrieval_recent, 0, c->retrieval_size))
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention cache recent of retrieval heads must be 0 to its size %d, not %d",
+                       c->retrieval_size, c->retrieval_recent);
+    if ((c->cache_recent || c->retrieval_recent) && c->cache_age < 1)
         return err_set(msg, msg_len, ERR_FORMAT,
                        "attention cache age must be positive where recent is, not %d",
                        c->cache_age);
@@ -137,6 +149,9 @@ static uint64_t fingerprint(const struct attention *a) {
     uint64_t hash = 0xcbf29ce484222325u;
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         hash = mix_in(hash, fields[i]);
+    for (int i = 0; c->retrieval_size && i < a->n_layers * c->n_kv_heads; i++)
+        if (a->rooms[i].retrieval)
+            hash = mix_in(mix_in(mix_in(hash, i), c->retrieval_size), c->retrieval_recent);
     return hash;
 }
 
@@ -152,7 +167,7 @@ static struct attention_config canonical(const struct attention_config *config, 
                                          .kv_type = c.kv_type,
                                          .max_seq_len = c.max_seq_len};
     c.max_seq_len = 0;
-    if (!c.cache_recent) c.cache_age = 0;
+    if (!c.cache_recent && !c.retrieval_recent) c.cache_age = 0;
     if (!rope) c.max_distance = 0;
     return c;
 }
@@ -214,7 +229,7 @@ static size_t place_scratch(const struct attention *a, struct scratch *t, char *
                             size_t used) {
     const struct shape *s = &a->shape;
     size_t D = (size_t)s->head_dim,
-           n = (size_t)a->config.cache_size + (size_t)a->config.window_size + 1;
+           n = (size_t)a->layout.most_cache + (size_t)a->config.window_size + 1;
     *t = (struct scratch){
         .answer =
             {
@@ -285,15 +300,12 @@ enum err attention_new(struct attention **out, const struct attention_config *co
     if (!a) return ERR_NOMEM;
     a->config = canonical(config, rope != NULL);
     a->n_layers = n_layers;
-    a->places = a->config.cache_size;
     a->rope = rope;
     a->team = team;
     a->kernels = attention_kernels_chosen();
     a->max_rows = max_rows;
     a->max_runs = max_runs;
     init_shape(a);
-    layout_init(a);
-    a->fingerprint = fingerprint(a);
 
     size_t half = (size_t)config->head_dim / 2 + 1;
     a->weights = calloc((size_t)n_layers, sizeof *a->weights);
@@ -308,6 +320,8 @@ enum err attention_new(struct attention **out, const struct attention_config *co
         !a->far_cosines || !a->far_sines)
         goto fail;
     if (weights) memcpy(a->weights, weights, (size_t)n_layers * sizeof *weights);
+    if (layout_init(a)) goto fail;
+    a->fingerprint = fingerprint(a);
     if (pad_maps(a) || new_scratch(a)) goto fail;
     if (a->config.max_distance)
         rope_angles(rope, a->config.max_distance, a->far_cosines, a->far_sines);
@@ -325,6 +339,7 @@ void attention_free(struct attention *a) {
     free(a->deals);
     free(a->padded);
     free(a->weights);
+    free(a->rooms);
     free(a->runs);
     free(a->positions);
     free(a->segments);

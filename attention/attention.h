@@ -49,7 +49,8 @@ struct attention_config {
     int sinks;            /* 0 <= sinks <= w; 0 with WINDOW_NONE */
     int cache_size;       /* terraced only, else 0 */
     int cache_recent;     /* places of the cache chosen by error / (1 + distance / age) */
-    int cache_age;        /* tokens, > 0 when cache_recent > 0 */
+    int cache_age;        /* tokens, > 0 when any places are recent ones */
+    int retrieval_size, retrieval_recent; /* the same two of retrieval heads (attention_weights), where there are any */
     int64_t horizon;      /* keys; 0: a plain sum */
     enum mixing mixing;
     bool map_before_rope; /* map_position none */
@@ -66,6 +67,9 @@ struct attention_weights {
     const float *map_q_bias; /* [n_heads][f] or NULL */
     const float *map_k_bias; /* [state heads][f] or NULL */
     const float *mix;        /* [n_heads]: c_h (unified) or omega_h (lolcats) */
+    /* [n_kv_heads]: the retrieval heads, which look single facts up wherever they stand (Wu et al. 2024, arXiv:2404.15574);
+     * their cache has places of its own.  NULL: none.  Not a parameter that is learned, but it differs from layer to layer. */
+    const bool *retrieval;
 };
 
 struct attention; /* one model's: configuration, layout, RoPE tables and scratch */
@@ -116,9 +120,9 @@ void attention_step_end(struct attention *a);
 /* ---- switches of evaluation and tests; between steps only ---- */
 void attention_set_linear(struct attention *a, bool on); /* off: exact keys only (c_h = -60) */
 
-/* Uses so many places of the cache, cache_recent to cache_size (which it uses at first): a sequence that so reads its text
- * keeps, folds and forgets as with a cache of that size, and leaves room for attention_state_add. */
-void attention_set_cache_places(struct attention *a, int places);
+/* Uses part / of of every head's cache, rounded down, which is at least its recent places (at first all: 1, 1).  A sequence that so
+ * reads its text keeps, folds and forgets as with caches of that size, and leaves room for attention_state_add. */
+void attention_set_cache_share(struct attention *a, int part, int of);
 
 /* The memory of other sequences, added to that of dst, which goes on where it was:
  *
@@ -128,28 +132,33 @@ void attention_set_cache_places(struct attention *a, int places);
  * N_i: the keys state i holds.  Cached keys keep the positions they had, ascending, of equals dst's first; so no source may have
  * read farther than dst.  A source's window and sinks are not added: what should be remembered lies two blocks before its end.
  * From here on dst counts keys by its own position, as before: exactly, once its own state has reached the horizon.  It is for
- * asking, not for saving: loading refuses a cache in which a position occurs twice.
+ * asking, not for saving: loading refuses a cache in which a position occurs twice.  A head whose places could hold every key that left
+ * dst's window does without what was folded: it has all that was kept.
  *
- * srcs [n] are not dst.  ERR_ARG, nothing changed: not a terraced window, a source is farther than dst, dst's position has no
- * linear keys, or the places in use (attention_set_cache_places) do not hold all caches.  Cost: reading n + 1 memories.
+ * srcs [n] are not dst.  ERR_ARG, nothing changed: not a terraced window, a source is farther than dst, no head
+ * of dst has linear keys at its position with all places in use, or the places in use (attention_set_cache_share) do not hold all caches.  Cost: reading n + 1 memories.
  * Only with map_before_rope does a state know no positions.  What it is worth: docs/eval.md, `added`. */
 enum err attention_state_add(const struct attention *a, void *dst, const void *const *srcs, int n);
 
-/* Imposes the cache sets of every sequence: sets [n_layers][n_kv_heads][n_blocks][cache_size], positions in the cache while
+/* Most places that a head has: the length of a cache set below. */
+int attention_cache_most(const struct attention_config *config);
+
+/* Imposes the cache sets of every sequence: sets [n_layers][n_kv_heads][n_blocks][attention_cache_most], positions in the cache while
  * block b is processed, -1 for none; borrowed until NULL is given.  Blocks past n_blocks choose as usual. */
 void attention_impose_cache(struct attention *a, const int64_t *sets, int n_blocks);
 
 /* Parameters of a layer as attention reads them: the columns of its maps (and biases) are padded with zeros to a multiple of 16. */
 const struct attention_weights *attention_weights_of(const struct attention *a, int layer);
 
-/* Keys that left the exact set by the time the row at this position is answered (those the horizon has faded count whole). */
-int64_t attention_linear_keys(const struct attention *a, int64_t position);
+/* Keys that left a head's exact set by the time the row at this position is answered (those the horizon has faded count whole);
+ * layer -1: the most of all heads. */
+int64_t attention_linear_keys(const struct attention *a, int layer, int kv_head, int64_t position);
 
-/* What the horizon multiplies S and z by just before the row at this position is answered, after what left the exact set was
- * folded: 1 for most rows. */
-float attention_forgetting(const struct attention *a, int64_t position);
+/* What the horizon multiplies the head's S and z by just before the row at this position is answered, after what left the exact set
+ * was folded: 1 for most rows. */
+float attention_forgetting(const struct attention *a, int layer, int kv_head, int64_t position);
 
-/* The cache of one layer and kv head as it stands: ascending positions into out [cache_size]; returns how many. */
+/* The cache of one layer and kv head as it stands: ascending positions into out [attention_cache_most]; returns how many. */
 int attention_cache_positions(const struct attention *a, const void *slot, int layer, int kv_head,
                               int64_t *out);
 

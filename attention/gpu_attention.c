@@ -67,8 +67,8 @@ static struct gpu_shape shape_of(const struct attention *twin, bool exact) {
         .turned = l->turned,
         .S_floats = l->S_floats,
         .state_floats = l->state_floats,
-        .keys_bytes = l->keys_bytes,
-        .values_bytes = l->values_bytes,
+        .keys_bytes = twin->rooms[0].keys_bytes,
+        .values_bytes = twin->rooms[0].values_bytes,
     };
 }
 

@@ -24,7 +24,7 @@ void gpu_attention_slot_clear(struct gpu_attention *a, int slot) {
     a->positions[slot] = 0;
     if (softmax(a)) return;
     gpu_fill(a->gpu, at + l->states, 0, l->keys - l->states);
-    if (l->cache) gpu_fill(a->gpu, at + l->positions, 0xff, l->sequence_bytes - l->positions);
+    if (l->most_cache) gpu_fill(a->gpu, at + l->positions, 0xff, l->sequence_bytes - l->positions);
 }
 
 /* ---- a softmax sequence is as long as its text: of each head, whole tiles of keys, and rows of
@@ -39,8 +39,8 @@ static struct extent extent_of(const struct gpu_attention *a, int head, int64_t 
     const struct shape *s = &a->twin->shape;
     size_t element = s->kv_type == KV_BF16 ? sizeof(uint16_t) : sizeof(float);
     return (struct extent){
-        .keys = l->keys + (size_t)head * l->keys_bytes,
-        .values = l->values + (size_t)head * l->values_bytes,
+        .keys = a->twin->rooms[head].keys,
+        .values = a->twin->rooms[head].values,
         .keys_bytes = (size_t)((position + TILE - 1) / TILE) * TILE * s->head_dim * element,
         .values_bytes = (size_t)position * s->lanes * element,
     };

@@ -18,11 +18,21 @@
 /* Entries of one kv head: [sinks | cache, ascending positions | ring].  Terraced: block b lives in
  * half b % 2 of a ring of 2 w; sliding: position j in place j % w; softmax: the ring is the whole
  * sequence. */
+struct room {
+    bool retrieval;                    /* head */
+    int cache, recent, entries, tiles; /* counts; entries: with sinks and ring */
+    int places;                        /* of the cache in use: all, or fewer (attention_set_cache_share) */
+    size_t keys_bytes, values_bytes;
+    size_t keys, values, positions, turned, chosen; /* offsets into a slot */
+};
+
 struct layout {
-    int sinks, cache, ring, entries, tiles; /* counts; entries is their sum */
-    size_t S_floats, state_floats;          /* one state head: S, then z */
-    size_t keys_bytes, values_bytes;        /* one kv head */
-    /* offsets into a slot, and how far one layer's kv head is from the next */
+    int sinks, ring;
+    int most_cache;   /* of any head */
+    int least_places; /* in use, of any head */
+    int entries, tiles;            /* of the head that has most */
+    size_t S_floats, state_floats; /* one state head: S, then z */
+    /* offsets into a slot */
     size_t states, keys, values, positions; /* the sequence itself ... */
     size_t sequence_bytes;
     size_t turned, chosen, chosen_for, next_for, exchanged, next; /* ... and what is derived */
@@ -39,6 +49,7 @@ struct slot_header { /* the first 64 bytes of a slot and of a saved state */
 
 /* One layer and kv head of a slot. */
 struct memory {
+    const struct room *room;
     float *state; /* [state heads of the group] of state_floats: S [F][lanes], z [phi_lanes] */
     void *keys;   /* k' (map_position rope: k) in tiles, as the maps see it */
     void *turned; /* what rows score: k' rotated to its position, as it is once clamped; may be keys
@@ -77,6 +88,7 @@ struct attention {
     struct attention_config config;
     struct shape shape;
     struct layout layout;
+    struct room *rooms; /* [n_layers][n_kv_heads] */
     int n_layers, group;               /* query heads of a kv head */
     int state_heads;                   /* states of a kv head: 1, or group */
     struct attention_weights *weights; /* [n_layers] */
@@ -103,7 +115,6 @@ struct attention {
     int next_layer; /* attention_expect() */
 
     float linear_off;
-    int places; /* of the cache in use: config.cache_size, or fewer (attention_set_cache_places) */
     const int64_t *imposed;
     int imposed_blocks;
 };
@@ -126,13 +137,17 @@ struct layer_job {
 static inline struct slot_header *slot_header(const void *slot) {
     return (struct slot_header *)slot;
 }
+static inline const struct room *room_of(const struct attention *a, int layer, int kv_head) {
+    return &a->rooms[layer * a->config.n_kv_heads + kv_head];
+}
 struct memory memory_of(const struct attention *a, const void *slot, int layer, int kv_head);
 
 /* ---- memory.c ---- */
-/* Keys that left the exact set by the time the row at this position is answered. */
-int64_t memory_folded(const struct attention *a, int64_t position);
-/* Places of the cache in use. */
-int memory_cached(const struct attention *a, const struct memory *m);
+/* Keys that left a head's exact set by the time the row at this position is answered. */
+int64_t memory_folded(const struct attention *a, const struct room *room, int64_t position);
+/* Places of the cache that hold a key. */
+int memory_cached(const struct memory *m);
+void count_places(struct attention *a); /* into its layout */
 /* The position of the key at an entry in use, as of the row at position. */
 int64_t memory_entry_position(const struct attention *a, const struct memory *m, int entry,
                               int64_t position);
@@ -167,7 +182,7 @@ struct ahead memory_ahead(const struct attention *a, const struct segment *segme
                           int kv_head);
 
 /* ---- slot.c ---- */
-void layout_init(struct attention *a);
+enum err layout_init(struct attention *a); /* ERR_NOMEM */
 /* attention_state_load() but for the rotated copies of keys, which are left as they were. */
 enum err state_copy_in(const struct attention *a, void *slot, const void *state, size_t bytes, char *msg, size_t msg_len);
 

@@ -21,14 +21,14 @@
 
 /* ---- positions ---- */
 
-int64_t memory_folded(const struct attention *a, int64_t position) {
+int64_t memory_folded(const struct attention *a, const struct room *room, int64_t position) {
     const struct attention_config *c = &a->config;
     int64_t left = 0;
     if (c->kind == ATTENTION_SOFTMAX) return 0;
     if (c->window == WINDOW_NONE) left = position + 1;
     if (c->window == WINDOW_SLIDING) left = position + 1 - c->window_size - c->sinks;
     if (c->window == WINDOW_TERRACED)
-        left = (position / c->window_size - 1) * c->window_size - c->sinks - a->places;
+        left = (position / c->window_size - 1) * c->window_size - c->sinks - room->places;
     return left > 0 ? left : 0;
 }
 
@@ -41,9 +41,9 @@ static float forgetting(const struct attention *a, int64_t before, int64_t after
     return (float)((double)horizon / (double)held);
 }
 
-int memory_cached(const struct attention *a, const struct memory *m) {
+int memory_cached(const struct memory *m) {
     int n = 0;
-    while (n < a->layout.cache && m->positions[n] >= 0)
+    while (n < m->room->cache && m->positions[n] >= 0)
         n++;
     return n;
 }
@@ -52,8 +52,8 @@ int64_t memory_entry_position(const struct attention *a, const struct memory *m,
                               int64_t position) {
     const struct layout *l = &a->layout;
     if (entry < l->sinks) return entry;
-    if (entry < l->sinks + l->cache) return m->positions[entry - l->sinks];
-    int64_t place = entry - l->sinks - l->cache, w = a->config.window_size;
+    if (entry < l->sinks + m->room->cache) return m->positions[entry - l->sinks];
+    int64_t place = entry - l->sinks - m->room->cache, w = a->config.window_size;
     if (a->config.kind == ATTENTION_SOFTMAX) return place;
     if (a->config.window == WINDOW_SLIDING) return position - (position - place) % w;
     int64_t block = position / w;
@@ -179,8 +179,8 @@ static int candidates(const struct attention *a, const struct memory *m, int64_t
                       int64_t *position) {
     const struct layout *l = &a->layout;
     int w = a->config.window_size, n = 0;
-    int half = l->sinks + l->cache + (int)(b % 2) * w;
-    for (; n < l->cache && m->positions[n] >= 0; n++) {
+    int half = l->sinks + m->room->cache + (int)(b % 2) * w;
+    for (; n < m->room->cache && m->positions[n] >= 0; n++) {
         entry[n] = l->sinks + n;
         position[n] = m->positions[n];
     }
@@ -209,9 +209,9 @@ static void self_recall(const struct attention *a, int layer, int kv_head, const
         if (isnan(error[j])) error[j] = INFINITY;
 }
 
-/* What a choice, and the state it leaves, is for: block b, and so many places. */
-static int64_t choice_name(const struct attention *a, int64_t b) {
-    return b * (a->config.cache_size + 1) + a->places;
+/* What a choice, and the state it leaves, is for: block b, and so many of the places. */
+static int64_t choice_name(const struct room *room, int64_t b) {
+    return b * (room->cache + 1) + room->places;
 }
 
 /* Most places by error alone, so that facts stay however old they are; then some by error and age.
@@ -220,21 +220,22 @@ static void choose(const struct attention *a, int layer, int kv_head, struct mem
                    int n, struct scratch *tmp) {
     const struct attention_config *c = &a->config;
     double *score = tmp->rank, start = (double)(b * c->window_size);
+    int recent = m->room->recent;
     self_recall(a, layer, kv_head, m, tmp->entry, n, tmp->error, tmp);
     memset(m->chosen, 0, (size_t)n * sizeof *m->chosen);
     for (int j = 0; j < n; j++)
         score[j] = tmp->error[j];
-    a->kernels->keep_largest(m->chosen, score, n, a->places - c->cache_recent);
-    for (int j = 0; c->cache_recent && j < n; j++)
+    a->kernels->keep_largest(m->chosen, score, n, m->room->places - recent);
+    for (int j = 0; recent && j < n; j++)
         score[j] /= 1 + (start - (double)tmp->position[j]) / c->cache_age;
-    if (c->cache_recent) a->kernels->keep_largest(m->chosen, score, n, c->cache_recent);
-    *m->chosen_for = choice_name(a, b);
+    if (recent) a->kernels->keep_largest(m->chosen, score, n, recent);
+    *m->chosen_for = choice_name(m->room, b);
 }
 
 static const int64_t *imposed_set(const struct attention *a, int layer, int kv_head, int64_t b) {
     if (!a->imposed || b >= a->imposed_blocks) return NULL;
     size_t head = (size_t)layer * a->config.n_kv_heads + kv_head;
-    return a->imposed + (head * a->imposed_blocks + (size_t)b) * a->config.cache_size;
+    return a->imposed + (head * a->imposed_blocks + (size_t)b) * a->layout.most_cache;
 }
 
 static bool contains(const int64_t *set, int n, int64_t x) {
@@ -246,13 +247,13 @@ static bool contains(const int64_t *set, int n, int64_t x) {
 /* Marks what stays in the cache of block b among the n candidates in tmp. */
 static void mark_kept(const struct attention *a, int layer, int kv_head, struct memory *m,
                       int64_t b, int n, struct scratch *tmp) {
-    int size = a->places;
+    int size = m->room->places;
     const int64_t *imposed = imposed_set(a, layer, kv_head, b);
     for (int j = 0; j < n; j++)
         tmp->keep[j] =
-            n <= size || (imposed && contains(imposed, a->config.cache_size, tmp->position[j]));
+            n <= size || (imposed && contains(imposed, m->room->cache, tmp->position[j]));
     if (n <= size || imposed || size == 0) return;
-    if (*m->chosen_for != choice_name(a, b)) choose(a, layer, kv_head, m, b, n, tmp);
+    if (*m->chosen_for != choice_name(m->room, b)) choose(a, layer, kv_head, m, b, n, tmp);
     memcpy(tmp->keep, m->chosen, (size_t)n * sizeof *tmp->keep);
 }
 
@@ -264,7 +265,8 @@ static void fold_rest(const struct attention *a, int layer, int kv_head, const s
     int n_fold = 0;
     for (int j = 0; j < n; j++)
         if (!tmp->keep[j]) read_entry(a, m, tmp->entry[j], n_fold++, tmp);
-    float forget = forgetting(a, memory_folded(a, start - 1), memory_folded(a, start));
+    float forget =
+        forgetting(a, memory_folded(a, m->room, start - 1), memory_folded(a, m->room, start));
     if (n_fold) fold(a, layer, kv_head, states, n_fold, forget, tmp);
 }
 
@@ -278,7 +280,7 @@ static void exchange(struct memory *m) {
 /* Is the state of block b at hand?  It was made of what was chosen, not of a set imposed since. */
 static bool next_is_for(const struct attention *a, int layer, int kv_head, const struct memory *m,
                         int64_t b) {
-    return *m->next_for == choice_name(a, b) && !imposed_set(a, layer, kv_head, b);
+    return *m->next_for == choice_name(m->room, b) && !imposed_set(a, layer, kv_head, b);
 }
 
 /* Before the first row of block b: sinks become entries of their own, the cache is chosen, the
@@ -297,14 +299,14 @@ static void begin_block(const struct attention *a, int layer, int kv_head, struc
 
     if (b == 2)
         for (int i = 0; i < l->sinks; i++)
-            move_entry(a, m, i, l->sinks + l->cache + i);
+            move_entry(a, m, i, l->sinks + m->room->cache + i);
     for (int j = 0; j < n; j++)
         if (tmp->keep[j]) {
             tmp->entry[n_kept] = tmp->entry[j];
             m->positions[n_kept++] = tmp->position[j];
         }
     move_entries(a, m, l->sinks, tmp->entry, n_kept); /* over what moves too, or is folded */
-    for (int i = n_kept; i < l->cache; i++)
+    for (int i = n_kept; i < m->room->cache; i++)
         m->positions[i] = -1;
 
     for (int e = 0; e < l->sinks + n_kept; e++) {
@@ -325,7 +327,9 @@ static void leave_window(const struct attention *a, int layer, int kv_head, stru
     } else if (key >= 0) {
         read_entry(a, m, place, 0, tmp);
         fold(a, layer, kv_head, m->state, 1,
-             forgetting(a, memory_folded(a, position - 1), memory_folded(a, position)), tmp);
+             forgetting(a, memory_folded(a, m->room, position - 1),
+                        memory_folded(a, m->room, position)),
+             tmp);
     }
     for (int e = 0; e < l->sinks && e <= key; e++) {
         bool was = e < key && memory_clamped(a, e, position - 1);
@@ -362,7 +366,8 @@ void memory_append(const struct layer_job *job, const struct segment *segment, i
         }
         if (hedgehog && rule == WINDOW_SLIDING)
             leave_window(a, job->layer, kv_head, &m, position, tmp);
-        write_entry(job, &m, l->sinks + l->cache + (int)(position % l->ring), row, kv_head, tmp);
+        write_entry(job, &m, l->sinks + m.room->cache + (int)(position % l->ring), row, kv_head,
+                    tmp);
     }
 }
 
@@ -386,7 +391,7 @@ struct ahead memory_ahead(const struct attention *a, const struct segment *segme
     struct memory m = memory_of(a, a->runs[segment->run].slot, layer, kv_head);
     struct ahead ahead = {0};
     if (a->config.kind != ATTENTION_HEDGEHOG) return ahead; /* as long as the text */
-    int w = a->config.window_size, ring = l->sinks + l->cache;
+    int w = a->config.window_size, ring = l->sinks + m.room->cache;
     int place = ring + (int)(segment->position % l->ring), end = place + segment->n_rows;
     int first = place, last = place + 1; /* where the next key goes */
     size_t tile = (size_t)TILE * a->shape.head_dim * element_bytes(a);
@@ -396,7 +401,7 @@ struct ahead memory_ahead(const struct attention *a, const struct segment *segme
         state = m.next;
         first = 0, last = end = place + w; /* keys move, of the block that leaves as well */
     }
-    if (memory_folded(a, segment->position) > 0) {
+    if (memory_folded(a, m.room, segment->position) > 0) {
         size_t map = (size_t)a->group * a->shape.head_dim * a->shape.f_lanes;
         add_range(&ahead, state, 0, (size_t)a->state_heads * l->state_floats * sizeof *state);
         add_range(&ahead, a->weights[layer].map_q + kv_head * map, 0, map * sizeof(float));
@@ -407,7 +412,7 @@ struct ahead memory_ahead(const struct attention *a, const struct segment *segme
     if (m.keys != m.turned)
         add_range(&ahead, m.keys, (size_t)(first / TILE) * tile,
                   (size_t)((last + TILE - 1) / TILE) * tile);
-    add_range(&ahead, m.positions, 0, (size_t)l->cache * sizeof *m.positions);
+    add_range(&ahead, m.positions, 0, (size_t)m.room->cache * sizeof *m.positions);
     return ahead;
 }
 
@@ -415,8 +420,9 @@ bool memory_prepares_in(const struct attention *a, int layer, const struct segme
     const struct attention_config *c = &a->config;
     if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED) return false;
     int64_t w = c->window_size, next = segment->position / w + 1;
-    /* all that ever left the window fit the cache: nothing to choose */
-    if ((next - 1) * w - c->sinks <= a->places || imposed_set(a, layer, 0, next)) return false;
+    /* all that ever left the window fit every cache: nothing to choose */
+    if ((next - 1) * w - c->sinks <= a->layout.least_places || imposed_set(a, layer, 0, next))
+        return false;
     /* not beside what is left to do where a block begins */
     int64_t row = (w > 1) + layer * (w - 1) / a->n_layers - segment->position % w;
     return row >= 0 && row < segment->n_rows;
@@ -427,11 +433,13 @@ void memory_prepare_next(const struct attention *a, int layer, const struct segm
     struct memory m = memory_of(a, a->runs[segment->run].slot, layer, kv_head);
     int64_t next = segment->position / a->config.window_size + 1;
     int n = candidates(a, &m, next, tmp->entry, tmp->position);
-    if (n <= a->places) return; /* an imposed set was small, or places were added */
+    if (n <= m.room->places)
+        return; /* this head's cache holds them all, or an imposed
+                 * set was small, or places were added */
     mark_kept(a, layer, kv_head, &m, next, n, tmp);
     memcpy(m.next, m.state, a->state_heads * a->layout.state_floats * sizeof *m.next);
     fold_rest(a, layer, kv_head, &m, next, n, m.next, tmp);
-    *m.next_for = choice_name(a, next);
+    *m.next_for = choice_name(m.room, next);
 }
 
 /* ---- looking in, for evaluation and tests ---- */
@@ -440,9 +448,26 @@ void attention_set_linear(struct attention *a, bool on) {
     a->linear_off = on ? 0 : -60;
 }
 
-void attention_set_cache_places(struct attention *a, int places) {
-    assert(places >= a->config.cache_recent && places <= a->config.cache_size);
-    a->places = places;
+int attention_cache_most(const struct attention_config *c) {
+    return c->retrieval_size > c->cache_size ? c->retrieval_size : c->cache_size;
+}
+
+void count_places(struct attention *a) {
+    struct layout *l = &a->layout;
+    l->least_places = a->rooms[0].places;
+    for (int i = 1; i < a->n_layers * a->config.n_kv_heads; i++)
+        if (a->rooms[i].places < l->least_places) l->least_places = a->rooms[i].places;
+}
+
+void attention_set_cache_share(struct attention *a, int part, int of) {
+    int n = a->n_layers * a->config.n_kv_heads;
+    assert(part >= 0 && part <= of);
+    for (int i = 0; i < n; i++) {
+        struct room *r = &a->rooms[i];
+        r->places = (int)((int64_t)r->cache * part / of);
+        assert(r->places >= r->recent);
+    }
+    count_places(a);
 }
 
 void attention_impose_cache(struct attention *a, const int64_t *sets, int n_blocks) {
@@ -454,18 +479,21 @@ const struct attention_weights *attention_weights_of(const struct attention *a, 
     return &a->weights[layer];
 }
 
-int64_t attention_linear_keys(const struct attention *a, int64_t position) {
-    return memory_folded(a, position);
+int64_t attention_linear_keys(const struct attention *a, int layer, int kv_head, int64_t position) {
+    struct room smallest = {.places = a->layout.least_places};
+    const struct room *room = layer < 0 ? &smallest : room_of(a, layer, kv_head);
+    return memory_folded(a, room, position);
 }
 
-float attention_forgetting(const struct attention *a, int64_t position) {
-    return forgetting(a, memory_folded(a, position - 1), memory_folded(a, position));
+float attention_forgetting(const struct attention *a, int layer, int kv_head, int64_t position) {
+    const struct room *room = room_of(a, layer, kv_head);
+    return forgetting(a, memory_folded(a, room, position - 1), memory_folded(a, room, position));
 }
 
 int attention_cache_positions(const struct attention *a, const void *slot, int layer, int kv_head,
                               int64_t *out) {
     struct memory m = memory_of(a, slot, layer, kv_head);
-    int n = memory_cached(a, &m);
+    int n = memory_cached(&m);
     for (int i = 0; i < n; i++)
         out[i] = m.positions[i];
     return n;

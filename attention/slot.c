@@ -5,6 +5,7 @@
 #include "attention/internal.h"
 
 #include <inttypes.h>
+#include <stdlib.h>
 #include <string.h>
 
 static const char MAGIC[8] = "urchinS";
@@ -18,39 +19,76 @@ static size_t element_bytes(const struct attention *a) {
     return a->config.kv_type == KV_BF16 ? sizeof(uint16_t) : sizeof(float);
 }
 
-void layout_init(struct attention *a) {
+/* How much of everything a head has; where it lies is layout_init()'s. */
+static void size_room(const struct attention *a, struct room *r, bool retrieval) {
+    const struct attention_config *c = &a->config;
+    size_t element = element_bytes(a);
+    r->retrieval = retrieval;
+    r->cache = retrieval ? c->retrieval_size : c->cache_size;
+    r->places = r->cache;
+    r->recent = retrieval ? c->retrieval_recent : c->cache_recent;
+    r->entries = a->layout.sinks + r->cache + a->layout.ring;
+    if (r->entries == 0) r->entries = 1; /* where a key is rounded on its way into the state */
+    r->tiles = round_up(r->entries, TILE) / TILE;
+    r->keys_bytes = (size_t)r->tiles * TILE * a->shape.head_dim * element;
+    r->values_bytes = (size_t)r->entries * a->shape.lanes * element;
+}
+
+static int most(int a, int b) {
+    return a > b ? a : b;
+}
+
+enum err layout_init(struct attention *a) {
     const struct attention_config *c = &a->config;
     struct layout *l = &a->layout;
     bool softmax = c->kind == ATTENTION_SOFTMAX;
-    size_t heads = (size_t)a->n_layers * c->n_kv_heads, element = element_bytes(a);
+    size_t heads = (size_t)a->n_layers * c->n_kv_heads;
+    a->rooms = calloc(heads, sizeof *a->rooms);
+    if (!a->rooms) return ERR_NOMEM;
     l->sinks = c->sinks;
-    l->cache = c->cache_size;
     l->ring = softmax                        ? (int)c->max_seq_len
               : c->window == WINDOW_TERRACED ? 2 * c->window_size
                                              : c->window_size;
-    l->entries = l->sinks + l->cache + l->ring;
-    if (l->entries == 0) l->entries = 1; /* where a key is rounded on its way into the state */
-    l->tiles = round_up(l->entries, TILE) / TILE;
+    for (size_t i = 0; i < heads; i++) {
+        struct room *r = &a->rooms[i];
+        const bool *retrieval = a->weights[i / c->n_kv_heads].retrieval;
+        size_room(a, r, retrieval && retrieval[i % c->n_kv_heads]);
+        l->most_cache = most(l->most_cache, r->cache);
+        l->entries = most(l->entries, r->entries);
+        l->tiles = most(l->tiles, r->tiles);
+    }
+    count_places(a);
     l->S_floats = softmax ? 0 : (size_t)a->shape.features * a->shape.lanes;
     l->state_floats = softmax ? 0 : l->S_floats + a->shape.phi_lanes;
-    l->keys_bytes = (size_t)l->tiles * TILE * a->shape.head_dim * element;
-    l->values_bytes = (size_t)l->entries * a->shape.lanes * element;
-
     l->states = sizeof(struct slot_header);
     l->keys = l->states + heads * a->state_heads * l->state_floats * sizeof(float);
-    l->values = l->keys + heads * l->keys_bytes;
-    l->positions = l->values + heads * l->values_bytes;
-    l->sequence_bytes = align(l->positions + heads * l->cache * sizeof(int64_t));
+    size_t at = l->keys;
+    for (size_t i = 0; i < heads; at += a->rooms[i++].keys_bytes)
+        a->rooms[i].keys = at;
+    l->values = at;
+    for (size_t i = 0; i < heads; at += a->rooms[i++].values_bytes)
+        a->rooms[i].values = at;
+    l->positions = at;
+    for (size_t i = 0; i < heads; at += (size_t)a->rooms[i++].cache * sizeof(int64_t))
+        a->rooms[i].positions = at;
+    at = l->sequence_bytes = align(at);
 
     bool rotated_later = a->rope && c->map_before_rope && l->ring;
-    l->turned = rotated_later ? l->sequence_bytes : l->keys;
-    l->chosen = l->sequence_bytes + (rotated_later ? heads * l->keys_bytes : 0);
-    l->chosen_for = align(
-        l->chosen + (l->cache ? heads * (size_t)(l->cache + c->window_size) * sizeof(bool) : 0));
+    l->turned = rotated_later ? at : l->keys;
+    for (size_t i = 0; i < heads; i++)
+        a->rooms[i].turned = a->rooms[i].keys - l->keys + l->turned;
+    if (rotated_later) at += l->values - l->keys;
+    l->chosen = at;
+    for (size_t i = 0; i < heads; i++) {
+        a->rooms[i].chosen = at;
+        if (a->rooms[i].cache) at += (size_t)(a->rooms[i].cache + c->window_size) * sizeof(bool);
+    }
+    l->chosen_for = align(at);
     l->next_for = l->chosen_for + heads * sizeof(int64_t);
     l->exchanged = l->next_for + heads * sizeof(int64_t);
     l->next = align(l->exchanged + heads * sizeof(atomic_bool));
     l->slot_bytes = align(l->next + (c->window == WINDOW_TERRACED ? l->keys - l->states : 0));
+    return OK;
 }
 
 /* As a saved sequence has it, and a slot in which nothing was exchanged. */
@@ -59,13 +97,15 @@ static struct memory memory_at(const struct attention *a, const void *slot, int 
     const struct layout *l = &a->layout;
     char *at = (char *)slot;
     size_t head = (size_t)layer * a->config.n_kv_heads + kv_head;
+    const struct room *room = &a->rooms[head];
     return (struct memory){
+        .room = room,
         .state = (float *)(at + l->states) + head * a->state_heads * l->state_floats,
-        .keys = at + l->keys + head * l->keys_bytes,
-        .turned = at + l->turned + head * l->keys_bytes,
-        .values = at + l->values + head * l->values_bytes,
-        .positions = (int64_t *)(at + l->positions) + head * l->cache,
-        .chosen = (bool *)(at + l->chosen) + head * (size_t)(l->cache + a->config.window_size),
+        .keys = at + room->keys,
+        .turned = at + room->turned,
+        .values = at + room->values,
+        .positions = (int64_t *)(at + room->positions),
+        .chosen = (bool *)(at + room->chosen),
         .chosen_for = (int64_t *)(at + l->chosen_for) + head,
         .next = (float *)(at + l->next) + head * a->state_heads * l->state_floats,
         .next_for = (int64_t *)(at + l->next_for) + head,
@@ -183,12 +223,12 @@ void attention_state_save(const struct attention *a, void *out, const void *slot
                 memcpy(saved.state, m.state, a->state_heads * l->state_floats * sizeof(float));
             struct span spans[MAX_SPANS + 1];
             int growing, n = answer_spans(a, &m, position - 1, spans, &growing);
-            spans[n++] = (struct span){l->entries, 0};
+            spans[n++] = (struct span){m.room->entries, 0};
             for (int k = 0, used = 0; k < n; used = spans[k].first + spans[k].count, k++) {
                 scrub_keys(a, saved.keys, used, spans[k].first);
                 scrub_values(a, saved.values, used, spans[k].first);
             }
-            scrub_keys(a, saved.keys, l->entries, l->tiles * TILE);
+            scrub_keys(a, saved.keys, m.room->entries, m.room->tiles * TILE);
         }
 }
 
@@ -239,12 +279,12 @@ static enum err check_header(const struct attention *a, const struct slot_header
 static bool cache_is_sound(const struct attention *a, const struct memory *m, int64_t position) {
     int64_t w = a->config.window_size, last = a->config.sinks - 1;
     int64_t end = position > 0 && w > 0 ? ((position - 1) / w - 1) * w : 0;
-    int n = memory_cached(a, m);
+    int n = memory_cached(m);
     for (int i = 0; i < n; i++) {
         if (m->positions[i] <= last || m->positions[i] >= end) return false;
         last = m->positions[i];
     }
-    for (int i = n; i < a->layout.cache; i++)
+    for (int i = n; i < m->room->cache; i++)
         if (m->positions[i] != -1) return false;
     return true;
 }
@@ -265,13 +305,13 @@ static void rebuild_turned(const struct attention *a, struct memory *m, int64_t 
                            struct scratch *tmp) {
     struct span spans[MAX_SPANS];
     int growing, n = answer_spans(a, m, position - 1, spans, &growing),
-                 most = a->layout.sinks + a->layout.cache;
+                 far = a->layout.sinks + m->room->cache;
     float *cosines = tmp->v, *sines = tmp->v + a->shape.head_dim / 2;
     for (int k = 0; k < n; k++)
         for (int e = spans[k].first; e < spans[k].first + spans[k].count; e++) {
             int64_t key = memory_entry_position(a, m, e, position - 1);
             a->kernels->read_key(&a->shape, tmp->x, m->keys, e);
-            if (e >= most || !memory_clamped(a, key, position - 1)) {
+            if (e >= far || !memory_clamped(a, key, position - 1)) {
                 rope_angles(a->rope, key, cosines, sines);
                 a->kernels->rotate(tmp->x, tmp->x, cosines, sines, a->shape.head_dim);
             }
@@ -303,10 +343,10 @@ static enum err check_memory(const struct attention *a, const struct memory *m, 
     if (!state_is_sound(a, m))
         what = "a state that is not finite or has a negative normaliser";
     else if (!finite_kv(a, m->keys,
-                        softmax ? softmax_keys_bytes(a, position) : a->layout.keys_bytes))
+                        softmax ? softmax_keys_bytes(a, position) : m->room->keys_bytes))
         what = "a key that is not finite";
     else if (!finite_kv(a, m->values,
-                        softmax ? softmax_values_bytes(a, position) : a->layout.values_bytes))
+                        softmax ? softmax_values_bytes(a, position) : m->room->values_bytes))
         what = "a value that is not finite";
     else if (!cache_is_sound(a, m, position))
         what = "impossible positions in its cache";

@@ -28,7 +28,7 @@ struct settings {
     const char *chat_template;  /* family name or NULL */
     const char *isa;            /* auto, generic, avx2, avx512, amx, dotprod */
     int threads;                /* 0: all */
-    int cache_size, cache_recent, cache_age; /* -1: the model's */
+    int cache_size, cache_recent, cache_age, retrieval_size; /* -1: the model's */
     int64_t max_distance, horizon;           /* -1: the model's */
     int64_t max_seq_len;        /* 0: the model's / none */
     /* serve (max_seqs, memory_mb and prefill_chunk: run and bench too) */
@@ -61,6 +61,7 @@ struct settings {
     /* convert (see convert/recipe.h); NULL, -1 and 0: the recipe's.  text, seed, memory_mb and what overrides a model's attention too */
     const char *out, *recipe, *name;
     bool merge;                 /* MODEL and its base become one folder (convert/merge.h) */
+    const char *retrieval_heads; /* how many, or which; NULL: the recipe's */
     double recall;              /* share of sequences that are synthetic */
     const char *softmax_layers; /* settings_list; NULL: none */
     const char *map, *key_map, *map_position, *window, *mixing, *loss, *schedule;

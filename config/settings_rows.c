@@ -33,6 +33,7 @@ const struct row settings_rows[] = {
     {"cache-size", INT, AT(cache_size), ALL, "-1", -1, 1 << 20, 0, "N", "places of the recall cache; -1: the model's"},
     {"cache-recent", INT, AT(cache_recent), ALL, "-1", -1, 1 << 20, 0, "N", "places of the recall cache that prefer recent keys; -1: the model's"},
     {"cache-age", INT, AT(cache_age), ALL, "-1", -1, INT_MAX, 0, "TOKENS", "distance at which a recent place halves a key's score; -1: the model's"},
+    {"retrieval-size", INT, AT(retrieval_size), ALL, "-1", -1, 1 << 20, 0, "N", "places of the recall cache in the model's retrieval heads, which look facts up; -1: the model's (convert: 1,024)"},
     {"max-distance", INT64, AT(max_distance), ALL, "-1", -1, BIG, 0, "TOKENS", "farthest distance a far exact key is given; -1: the model's"},
     {"horizon", INT64, AT(horizon), ALL, "-1", -1, BIG, 0, "KEYS", "keys in the state before it is scaled down at each fold; -1: the model's"},
 
@@ -91,6 +92,7 @@ const struct row settings_rows[] = {
     {"rows", INT, AT(rows), CONVERT, "80", 1, 1 << 20, 0, "N", "query rows compared in a sequence"},
     {"long-rows", INT, AT(long_rows), CONVERT, "32", 1, 1 << 20, 0, "N", "query rows compared in a long sequence"},
     {"join-documents", SWITCH, AT(join_documents), CONVERT, "no", 0, 0, 0, NULL, "fill sequences with documents one after the other, each seeing those before it"},
+    {"retrieval-heads", TEXT, AT(retrieval_heads), CONVERT, NULL, 0, 0, 0, "N|LAYER.HEAD[,...]", "how many kv heads, those that look facts up in the base, get a recall cache of --retrieval-size, or which; none: the recipe's (urchin: one in 12 where the base's context is 2,048 or more)"},
     {"recall", DOUBLE, AT(recall), CONVERT, "0", 0, 1, 0, "SHARE", "share of sequences that are synthetic: facts in ordinary text, then questions about them"},
     {"loss", CHOICE, AT(loss), CONVERT, NULL, 0, 0, 0, "cross-entropy|mse|both", "cross-entropy of rows of attention, squared error of outputs, or both"},
     {"mse-factor", DOUBLE, AT(mse_factor), CONVERT, "1000", 0, 1e12, 0, "X", "weight of the squared error"},

@@ -37,7 +37,7 @@ static void weigh(struct task *t, const struct chunk *k) {
         float *a = s->a + (size_t)r * columns, *grade = s->t + (size_t)r * columns;
         struct seen e = view_seen_by(t, k->b, k->r0, r, k->entries);
         size_t n = r0 + (size_t)r;
-        bool linear = view_folded_by(t->c, (int64_t)n) > 0;
+        bool linear = view_folded_by(t, (int64_t)n) > 0;
         float top = t->rows->logits(a, s->far + (size_t)r * columns, e.clamped, e.first, e.from,
                                     e.to, k->width, t->score_factor);
         int largest = 0; /* entry */
@@ -210,7 +210,7 @@ static void chunk_back(struct task *t, int b) {
     linear_back(t, &k);
     int left = view_leaving(t, b);
     if (!left) return;
-    double f = view_forgetting(t->c, r0);
+    double f = view_forgetting(t, r0);
     if (f != 1) t->rows->scale(s->G, s->G, (float)f, (int)t->state);
     view_gather_fold(t, left);
     memset(s->fold_dphi, 0, (size_t)left * t->F * sizeof *s->fold_dphi);
@@ -236,6 +236,7 @@ void attention_back(const struct attention_lesson *l, int head,
         .f = c->features,
         .head = head,
         .kv_head = head / group,
+        .places = l->retrieval && l->retrieval[head / group] ? c->retrieval_size : c->cache_size,
         .rows_of_chunk = view_chunk_rows(c),
         .own_row = (size_t)view_own_room(c),
         .Dl = (size_t)round_up(c->head_dim, TILE),

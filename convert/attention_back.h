@@ -33,7 +33,8 @@ struct attention_lesson { /* one document in one layer; all borrowed */
     size_t qkv_row;
     const float *y, *dy; /* [n_tokens][n_heads D] */
     const float *cosines, *sines, *far_cosines, *far_sines; /* as struct lesson has them; NULL: no RoPE */
-    const int64_t *cache; /* [n_kv_heads][blocks of the document][cache_size]: ascending positions, then -1 */
+    const int64_t *cache; /* [n_kv_heads][blocks of the document][attention_cache_most]: ascending positions, then -1 */
+    const bool *retrieval; /* as struct attention_weights has it */
     const float *params;  /* as student.h lays them out */
 };
 

@@ -18,7 +18,8 @@ int view_own_room(const struct attention_config *c) {
     return c->window == WINDOW_TERRACED ? TILE : CHUNK;
 }
 static int most_entries(const struct attention_config *c) {
-    if (c->window == WINDOW_TERRACED) return c->sinks + c->cache_size + 2 * c->window_size;
+    if (c->window == WINDOW_TERRACED)
+        return c->sinks + attention_cache_most(c) + 2 * c->window_size;
     return c->sinks + c->window_size + CHUNK;
 }
 
@@ -104,7 +105,7 @@ void attention_back_scratch_free(struct attention_back_scratch *s) {
 }
 
 int attention_back_blocks(const struct attention_config *c, int n_tokens) {
-    return c->cache_size ? (n_tokens + c->window_size - 1) / c->window_size : 0;
+    return attention_cache_most(c) ? (n_tokens + c->window_size - 1) / c->window_size : 0;
 }
 
 /* ---- one head ---- */
@@ -184,15 +185,17 @@ void view_features_back(const struct task *t, float *dmap, float *dx, bool add, 
 }
 
 /* ---- what is folded, and what the horizon leaves (attention/memory.c) ---- */
-int64_t view_folded_by(const struct attention_config *c, int64_t position) {
+int64_t view_folded_by(const struct task *t, int64_t position) {
+    const struct attention_config *c = t->c;
     int64_t n = position + 1;
     if (c->window == WINDOW_SLIDING) n = position + 1 - c->window_size - c->sinks;
     if (c->window == WINDOW_TERRACED)
-        n = (position / c->window_size - 1) * c->window_size - c->sinks - c->cache_size;
+        n = (position / c->window_size - 1) * c->window_size - c->sinks - t->places;
     return position >= 0 && n > 0 ? n : 0;
 }
-double view_forgetting(const struct attention_config *c, int64_t position) { /* on arriving there */
-    int64_t before = view_folded_by(c, position - 1), after = view_folded_by(c, position);
+double view_forgetting(const struct task *t, int64_t position) { /* on arriving there */
+    const struct attention_config *c = t->c;
+    int64_t before = view_folded_by(t, position - 1), after = view_folded_by(t, position);
     if (!c->horizon || after <= c->horizon || after == before) return 1;
     int64_t held = (before < c->horizon ? before : c->horizon) + after - before;
     return (double)c->horizon / (double)held;
@@ -200,8 +203,8 @@ double view_forgetting(const struct attention_config *c, int64_t position) { /* 
 
 static const int64_t *cached(const struct task *t, int block) {
     int blocks = attention_back_blocks(t->c, t->T);
-    return t->l->cache +
-           ((size_t)t->kv_head * (size_t)blocks + (size_t)block) * (size_t)t->c->cache_size;
+    return t->l->cache + ((size_t)t->kv_head * (size_t)blocks + (size_t)block) *
+                             (size_t)attention_cache_most(t->c);
 }
 static bool contains(const int64_t *set, int n, int64_t x) {
     for (int i = 0; i < n && set[i] >= 0; i++)
@@ -212,7 +215,7 @@ static bool contains(const int64_t *set, int n, int64_t x) {
 /* Terraced: positions folded before block b, ascending, into s->position. */
 int view_leaving(const struct task *t, int b) {
     const struct attention_config *c = t->c;
-    int n = 0, size = c->cache_size, w = c->window_size, *out = t->tmp->position;
+    int n = 0, size = t->places, w = c->window_size, *out = t->tmp->position;
     if (c->window != WINDOW_TERRACED || b < 2) return 0;
     const int64_t *now = size ? cached(t, b) : NULL, *before = size ? cached(t, b - 1) : NULL;
     for (int i = 0; i < size && before[i] >= 0; i++)
@@ -239,7 +242,7 @@ void view_decay(const struct task *t, int r0, int n, struct own_fold own, float 
     size_t R = t->own_row;
     double left = 1;
     for (int r = 0; r < n; r++) {
-        double f = t->c->window == WINDOW_TERRACED ? 1 : view_forgetting(t->c, r0 + r);
+        double f = t->c->window == WINDOW_TERRACED ? 1 : view_forgetting(t, r0 + r);
         float *beta = t->tmp->beta + (size_t)r * R;
         left *= f;
         alpha[r] = (float)left;
@@ -274,7 +277,7 @@ void view_read_states(const struct task *t) {
             view_gather_fold(t, n);
             t->dense->product(S, t->F, true, s->fold_v, 1, t->Vl, t->D + 1, s->fold_phi, t->F, n,
                               (int)t->F / TILE);
-            double f = view_forgetting(t->c, r0);
+            double f = view_forgetting(t, r0);
             if (f != 1) t->rows->scale(S, S, (float)f, (int)t->state);
         }
         if (r0 + rows >= t->T) break;
@@ -303,8 +306,8 @@ int view_gather_entries(const struct task *t, int b, int r0, int r1) {
         from = b ? r0 - w : 0;
         for (int i = 0; b >= 2 && i < c->sinks; i++)
             s->position[n++] = i;
-        const int64_t *set = c->cache_size ? cached(t, b) : NULL;
-        for (int i = 0; i < c->cache_size && set[i] >= 0; i++)
+        const int64_t *set = t->places ? cached(t, b) : NULL;
+        for (int i = 0; i < t->places && set[i] >= 0; i++)
             s->position[n++] = (int)set[i];
     } else if (c->window == WINDOW_SLIDING) {
         from = r0 - w + 1 > 0 ? r0 - w + 1 : 0;

@@ -45,6 +45,7 @@ struct task {
     const struct attention_kernels *dense;
     const struct backward_kernels *rows;
     int T, D, f, head, kv_head, rows_of_chunk;
+    int places; /* of the head's cache */
     size_t Dl, Vl, fl, F, own_row, state; /* strides; floats of a state */
     float mix, score_factor, dmix;
     bool rope;
@@ -75,8 +76,8 @@ void view_features_back(const struct task *t, float *dmap, float *dx, bool add, 
 
 /* Keys that left the exact set by the time a row is answered, and what the state is scaled by on arriving at it
  * (attention/memory.c). */
-int64_t view_folded_by(const struct attention_config *c, int64_t position);
-double view_forgetting(const struct attention_config *c, int64_t position);
+int64_t view_folded_by(const struct task *t, int64_t position);
+double view_forgetting(const struct task *t, int64_t position);
 
 /* Terraced: positions folded before block b, ascending, into s->position; returns how many. */
 int view_leaving(const struct task *t, int b);

@@ -374,6 +374,7 @@ enum { RECALL_DRAWS = 1 << 21 }; /* numbers that neither places of text nor rows
 /* Of each run of 1 / share packs one is, which is left to chance: not always the long ones. */
 static bool is_recall(const struct corpus *c, int64_t seed, int stream, int64_t number) {
     double share = c->options.recall;
+    if (stream == PACK_RETRIEVAL) return true;
     if (share <= 0 || stream == PACK_CALIBRATE || stream == PACK_PROBE) return false;
     int64_t run = (int64_t)floor((double)number * share);
     int64_t first = (int64_t)ceil((double)run / share),

@@ -12,7 +12,7 @@
  * A share of the packs are recall texts (recall_text.h), one document each: facts, ordinary text of
  * the corpus around them (pieces one after the other, each in a paragraph of its own), questions
  * and answers.  Of n packs in a row n * share are, give or take one; never of PACK_CALIBRATE and
- * PACK_PROBE.  A length with no room for a fact and a question gets an ordinary pack. */
+ * PACK_PROBE, all of PACK_RETRIEVAL.  A length with no room for a fact and a question gets an ordinary pack. */
 #ifndef URCHIN_CONVERT_CORPUS_H
 #define URCHIN_CONVERT_CORPUS_H
 
@@ -40,7 +40,7 @@ void corpus_close(struct corpus *c);               /* NULL is fine */
 const char *corpus_digest(const struct corpus *c); /* SHA-256 over those of all files, in order */
 cJSON *corpus_json(const struct corpus *c);        /* files, bytes, documents, digest */
 
-enum { PACK_CALIBRATE, PACK_TRAIN, PACK_PROBE, PACK_FINETUNE }; /* streams of packs that have nothing in common */
+enum { PACK_CALIBRATE, PACK_TRAIN, PACK_PROBE, PACK_FINETUNE, PACK_RETRIEVAL }; /* streams of packs that have nothing in common */
 
 struct pack {
     int32_t *tokens; /* [n], owned: pack_free */

@@ -20,7 +20,7 @@ struct tokens { /* one tokenised file */
 struct eval {
     const struct settings *settings;
     struct team *team;
-    struct model *against, *model, *uncached; /* owned; uncached: cache_size 0 */
+    struct model *against, *model, *uncached; /* owned; uncached: no places */
     struct tasks *tasks;                      /* owned */
     struct reader readers[MAX_READERS];
     int n_readers;
@@ -112,11 +112,11 @@ static enum err open_models(struct eval *e) {
     add_reader(e, info->name, e->model, true, NULL);
     if (info->attention.kind != ATTENTION_HEDGEHOG) return OK;
     const struct reader *whole = &e->readers[e->n_readers - 1];
-    bool cache = info->attention.cache_size;
+    bool cache = attention_cache_most(&info->attention);
     if (listed(s->ablate, "linear")) add_reader(e, "exact keys only", e->model, false, whole);
     if (!cache || !(listed(s->ablate, "cache") || listed(s->ablate, "both"))) return OK;
     options_of(&o, e);
-    o.cache_size = o.cache_recent = 0;
+    o.cache_size = o.cache_recent = o.retrieval_size = 0;
     err = model_open(&e->uncached, &o, e->msg, e->msg_len);
     if (err) return err;
     if (listed(s->ablate, "cache")) add_reader(e, "no cache", e->uncached, true, whole);
@@ -333,7 +333,7 @@ static enum err open_wide(struct eval *e, int n_texts, struct model **out) {
     struct model_options o;
     options_of(&o, e);
     o.n_slots = n_texts + 2;
-    o.cache_size = n_texts * model_info(e->model)->attention.cache_size;
+    o.cache_copies = n_texts;
     return model_open(out, &o, e->msg, e->msg_len);
 }
 
@@ -345,7 +345,7 @@ static enum err test_added(struct eval *e) {
     int n_numbers = settings_list(e->settings->memories, numbers, MAX_TEXTS),
         tries = e->settings->tries;
     if (!model_slot(e->model, 0) || c->kind != ATTENTION_HEDGEHOG || c->window != WINDOW_TERRACED ||
-        !c->cache_size)
+        !attention_cache_most(c))
         return FAIL(e, ERR_ARG,
                     "--tests added needs Hedgehog attention with a recall cache, on the CPU");
     r->added = calloc((size_t)n_numbers * (size_t)r->n_lengths, sizeof *r->added);
@@ -364,8 +364,7 @@ static enum err test_added(struct eval *e) {
             log_event(LOG_INFO, "eval", "memories of %d texts of %lld tokens", n_texts,
                       (long long)o.length);
             for (int i = 0; i < n_sets && !err; i++)
-                err = added_measure(a, wide, c->cache_size, &o, n_texts, i, n_sets, e->msg,
-                                    e->msg_len);
+                err = added_measure(a, wide, &o, n_texts, i, n_sets, e->msg, e->msg_len);
         }
         model_close(wide);
         if (err) return err;

@@ -86,9 +86,14 @@ enum err finetune_new(struct finetune **out, const struct recipe *r, const struc
         for (int i = 0; all && i < r->n_softmax_layers; i++)
             f->softmax[r->softmax_layers[i]] = true;
     }
+    if (all && r->n_retrieval_heads) {
+        f->retrieval = calloc((size_t)c->n_layers * (size_t)c->n_kv_heads, sizeof *f->retrieval);
+        if ((all = f->retrieval)) recipe_mark_retrieval(r, f->retrieval);
+    }
     struct pupil_options o = {.base = f->base,
                               .attention = &r->attention,
                               .softmax = f->softmax,
+                              .retrieval = f->retrieval,
                               .rope = rope,
                               .team = team,
                               .max_tokens = max_tokens,
@@ -111,6 +116,7 @@ void finetune_free(struct finetune *f) {
         memory_unmap(arrays[i], f->n_params * sizeof(float));
     free(f->pieces);
     free(f->softmax);
+    free(f->retrieval);
     pupil_free(f->pupil);
     network_free(f->own);
     network_free(f->d_own);

@@ -16,6 +16,7 @@ struct finetune {
     struct network *base;         /* owned, as all below */
     struct network *own, *d_own;  /* full: views of w and g; else NULL */
     bool *softmax;                /* [n_layers] that keep it; NULL: none */
+    bool *retrieval;              /* [n_layers][n_kv_heads]: the retrieval heads; NULL: none */
     struct pupil *pupil;
     size_t n_maps, n_params;      /* maps lie first */
     float *w, *m, *v, *g;         /* parameters, Adam's moments, gradient */

@@ -42,7 +42,8 @@ struct heads {
     float *kv, *q; /* [layer][n_tokens][k, v] and [layer][n_rows][q] before RoPE */
     size_t kv_bytes, q_bytes;
     float *cosines, *sines, *far_cosines, *far_sines;
-    int32_t *sets; /* [layer][kv head][n_blocks][cache_size], -1 ends */
+    int32_t *sets; /* [layer][kv head][n_blocks][most_cache], -1 ends */
+    int most_cache;
     int64_t *positions;
     struct head_sums *sums;
     double n_read, n_linear;
@@ -141,6 +142,7 @@ enum err heads_new(struct heads **out, struct model *model, struct team *team, i
     h->fl = round_up(c->features, TILE);
     h->q_floats = (size_t)c->n_heads * D;
     h->kv_floats = 2 * (size_t)c->n_kv_heads * D;
+    h->most_cache = attention_cache_most(c);
     h->n_blocks = c->window == WINDOW_TERRACED ? (max_tokens - 1) / c->window_size + 1 : 0;
     h->kv_bytes = L * T * h->kv_floats * sizeof(float);
     h->q_bytes = L * (size_t)max_rows * h->q_floats * sizeof(float);
@@ -151,9 +153,9 @@ enum err heads_new(struct heads **out, struct model *model, struct team *team, i
     h->sines = calloc(T * half, sizeof *h->sines);
     h->far_cosines = calloc(half, sizeof *h->far_cosines);
     h->far_sines = calloc(half, sizeof *h->far_sines);
-    h->sets = calloc(L * (size_t)c->n_kv_heads * (size_t)h->n_blocks * (size_t)c->cache_size + 1,
+    h->sets = calloc(L * (size_t)c->n_kv_heads * (size_t)h->n_blocks * (size_t)h->most_cache + 1,
                      sizeof *h->sets);
-    h->positions = calloc((size_t)c->cache_size + 1, sizeof *h->positions);
+    h->positions = calloc((size_t)h->most_cache + 1, sizeof *h->positions);
     h->sums = calloc(L * (size_t)c->n_heads, sizeof *h->sums);
     h->own = calloc(L, sizeof *h->own);
     if (!h->own || !h->kv || !h->q || !h->rows || !h->cosines || !h->sines || !h->far_cosines ||
@@ -219,7 +221,7 @@ static void tap(void *arg, int layer, const float *qkv, int n_rows) {
 
 static int32_t *set_of(const struct heads *h, int layer, int kv_head, int block) {
     size_t head = (size_t)layer * (size_t)h->config.n_kv_heads + (size_t)kv_head;
-    return h->sets + (head * (size_t)h->n_blocks + (size_t)block) * (size_t)h->config.cache_size;
+    return h->sets + (head * (size_t)h->n_blocks + (size_t)block) * (size_t)h->most_cache;
 }
 
 /* The caches as they are while this block is read. */
@@ -230,7 +232,7 @@ static void note_caches(struct heads *h, int slot, int block) {
             if (h->own[layer] < 0) continue;
             int n = attention_cache_positions(h->attention, model_slot(h->model, slot),
                                               h->own[layer], kv, h->positions);
-            for (int i = 0; i < h->config.cache_size; i++)
+            for (int i = 0; i < h->most_cache; i++)
                 set[i] = i < n ? (int32_t)h->positions[i] : -1;
         }
 }
@@ -370,13 +372,13 @@ static void advance(const struct task *t, int position) {
     } else if (c->window == WINDOW_SLIDING) {
         if (position - w >= c->sinks) decay[position - w] = 1;
     } else if (position % w == 0 && position >= 2 * w) {
-        const int32_t *set = c->cache_size ? set_of(h, t->layer, t->kv_head, position / w) : NULL;
+        const int32_t *set = h->most_cache ? set_of(h, t->layer, t->kv_head, position / w) : NULL;
         for (int j = c->sinks; j < position - w; j++)
-            if (decay[j] == 0 && !cached(set, c->cache_size, j)) decay[j] = 1;
+            if (decay[j] == 0 && !cached(set, h->most_cache, j)) decay[j] = 1;
     } else {
         return;
     }
-    float forget = attention_forgetting(h->attention, position);
+    float forget = attention_forgetting(h->attention, h->own[t->layer], t->kv_head, position);
     for (int j = 0; forget != 1 && j <= position; j++)
         decay[j] *= forget;
 }
@@ -396,9 +398,9 @@ static struct classes sort_keys(const struct task *t, int position) {
     if (from < 0) from = 0;
     for (int j = 0; j < c->sinks && j < from; j++, n.sinks++)
         order[at++] = j;
-    if (c->cache_size) {
+    if (h->most_cache) {
         const int32_t *set = set_of(h, t->layer, t->kv_head, position / w);
-        for (int i = 0; i < c->cache_size && set[i] >= 0; i++, n.cached++)
+        for (int i = 0; i < h->most_cache && set[i] >= 0; i++, n.cached++)
             order[at++] = set[i];
     }
     for (int j = n.sinks; j < from; j++)
@@ -564,7 +566,7 @@ enum err heads_read(struct heads *h, int slot, const int32_t *ids, int n, int n_
     int first = 0;
     if (n < 1 || n > h->max_tokens || n_rows < 1 || n_rows > h->max_rows)
         return err_set(msg, msg_len, ERR_ARG, "too many tokens or rows for the room there is");
-    while (first < n && attention_linear_keys(h->attention, first) == 0)
+    while (first < n && attention_linear_keys(h->attention, -1, 0, first) == 0)
         first++;
     if (first == n && !every)
         return err_set(msg, msg_len, ERR_ARG,

@@ -51,6 +51,7 @@ struct pupil_options {
     const struct network *base;               /* the teacher; borrowed, as all here */
     const struct attention_config *attention; /* as served; kv_type is not looked at: fp32 */
     const bool *softmax;                      /* [n_layers]: those that keep it; NULL: none */
+    const bool *retrieval;                    /* [n_layers][n_kv_heads]: the retrieval heads; NULL: none */
     const struct rope *rope;                  /* NULL: none */
     struct team *team;
     int max_tokens, max_rank; /* of a pack; 0: no low-rank parts */

@@ -20,6 +20,7 @@ struct pupil {
     struct attention_config attention, softmax;
     struct attention_config all_exact; /* the same for attention_back(): all keys are in its window */
     const bool *kept;                  /* [n_layers] that keep softmax, or NULL */
+    const bool *retrieval;             /* [n_layers][n_kv_heads], or NULL */
     const struct rope *rope;
     struct team *team;
     const struct backward_kernels *rows;
@@ -46,7 +47,7 @@ struct pupil {
     float *merged_qkv, *merged_o, *scaled_b; /* W + scale B A of the layer at hand; scale B */
     float *low;                              /* [T][rank] */
     double *losses;                          /* [HEAD_ROWS] */
-    int64_t *sets;                           /* of each document [n_kv_heads][blocks][cache_size] */
+    int64_t *sets;                           /* of each document [n_kv_heads][blocks][attention_cache_most] */
     void *slot;                              /* one layer's, softmax or not */
     size_t slot_bytes;
 };

@@ -173,9 +173,10 @@ static void attend(struct pupil *p, struct attention *a, bool softmax, int first
                         p->qkv, qkv + p->q + p->kv, p->qkv);
         attention_step_end(a);
         for (int g = 0; sets && n_blocks && g < c->n_kv_heads; g++) {
+            int most = attention_cache_most(c);
             int64_t *set =
-                sets + ((size_t)g * (size_t)n_blocks + (size_t)(at / step)) * (size_t)c->cache_size;
-            for (int i = attention_cache_positions(a, p->slot, 0, g, set); i < c->cache_size; i++)
+                sets + ((size_t)g * (size_t)n_blocks + (size_t)(at / step)) * (size_t)most;
+            for (int i = attention_cache_positions(a, p->slot, 0, g, set); i < most; i++)
                 set[i] = -1;
         }
     }
@@ -232,7 +233,7 @@ static size_t sets_before(const struct pupil *p, const struct pack *pack, int do
     size_t blocks = 0;
     for (int d = 0; d < document; d++)
         blocks += (size_t)attention_back_blocks(&p->attention, pack->first[d + 1] - pack->first[d]);
-    return blocks * (size_t)p->attention.n_kv_heads * (size_t)p->attention.cache_size;
+    return blocks * (size_t)p->attention.n_kv_heads * (size_t)attention_cache_most(&p->attention);
 }
 
 /* y of all documents from qkvs. */
@@ -253,6 +254,8 @@ static void attend_back(struct pupil *p, const struct layer *l, const struct pac
     const struct attention_config *c = &p->attention;
     bool softmax = pupil_is_softmax(p, l->w, l->i);
     const float *maps = softmax ? p->no_maps : l->w->maps + (size_t)l->i * p->layer_params;
+    const bool *retrieval =
+        p->retrieval && !softmax ? p->retrieval + (size_t)l->i * (size_t)c->n_kv_heads : NULL;
     size_t H = (size_t)c->n_heads, map = p->map_floats, group = H / (size_t)c->n_kv_heads;
     memset(p->dmap_k, 0, H * map * sizeof *p->dmap_k);
     memset(p->dmix, 0, H * sizeof *p->dmix);
@@ -272,6 +275,7 @@ static void attend_back(struct pupil *p, const struct layer *l, const struct pac
                                              .far_cosines = p->far_cosines,
                                              .far_sines = p->far_sines,
                                              .cache = p->sets + sets_before(p, pack, d),
+                                             .retrieval = retrieval,
                                              .params = maps};
         team_run(p->team, head_back, &h);
     }

@@ -85,7 +85,7 @@ static size_t lay_out(struct pupil *p, const struct base_config *c,
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         *arrays[i].to = cut(&at, arrays[i].n * sizeof(float));
     p->losses = cut(&at, HEAD_ROWS * sizeof(double));
-    p->sets = cut(&at, (size_t)c->n_kv_heads * T * (size_t)a->cache_size *
+    p->sets = cut(&at, (size_t)c->n_kv_heads * T * (size_t)attention_cache_most(a) *
                            sizeof(int64_t)); /* blocks are no more than tokens */
     return at.n;
 }
@@ -127,6 +127,7 @@ enum err pupil_attention(struct attention **out, const struct pupil *p,
     maps.map_q = params;
     maps.map_k = params + student_map_k(&p->attention);
     maps.mix = params + student_mix(&p->attention);
+    if (p->retrieval) maps.retrieval = p->retrieval + (size_t)layer * (size_t)p->config.n_kv_heads;
     int rows = p->attention.window == WINDOW_TERRACED ? p->attention.window_size : STEP_ROWS;
     return attention_new(out, &p->attention, &maps, 1, p->rope, p->team, rows, 1);
 }
@@ -174,6 +175,7 @@ enum err pupil_new(struct pupil **out, const struct pupil_options *o) {
                gemm_scratch_new(&p->exact, o->team, false) == OK;
     if (all) all = take_slot(p);
     p->kept = o->softmax;
+    p->retrieval = o->retrieval;
     if (p->kept) {
         p->back_exact = calloc((size_t)team_size(o->team), sizeof(struct attention_back_scratch *));
         p->no_maps = calloc(student_params(&p->all_exact), sizeof *p->no_maps);

@@ -240,15 +240,15 @@ static enum err ask_added(struct set *s, struct added *sums, int own, int slot) 
     return ask_all(s, slot, own, &sums->own_added, &sums->others_added);
 }
 
-static enum err ask_set(struct set *s, struct added *sums, int places) {
+static enum err ask_set(struct set *s, struct added *sums) {
     struct attention *a = model_attention(s->reader.model);
     enum err e = OK;
-    if (attention_linear_keys(a, s->o->length - 1) <= 0) /* with all places in use */
+    if (attention_linear_keys(a, -1, 0, s->o->length - 1) <= 0) /* with all places in use */
         return err_set(s->msg, s->msg_len, ERR_ARG,
                        "texts of %lld tokens are too short to add the memories of %d: with all "
                        "their caches no key is linear",
                        (long long)s->o->length, s->n);
-    attention_set_cache_places(a, places);
+    attention_set_cache_share(a, 1, s->n);
     for (int i = 0; i < s->n && !e; i++)
         e = read_into(s, i, i, false);
     for (int i = 0; i < s->n && !e; i++)
@@ -256,15 +256,14 @@ static enum err ask_set(struct set *s, struct added *sums, int places) {
     for (int i = 0; i < s->n && !e; i++)
         e = read_into(s, s->n, i, i > 0);
     if (!e) e = ask_all(s, s->n, s->n - 1, &sums->own_joined, &sums->others_joined);
-    attention_set_cache_places(a, model_info(s->reader.model)->attention.cache_size);
+    attention_set_cache_share(a, 1, 1);
     for (int i = 0; i < s->n && !e; i++)
         e = ask_added(s, sums, i, s->n);
     return e;
 }
 
-enum err added_measure(struct added *sums, struct model *model, int places,
-                       const struct recall_options *o, int n_texts, int set, int n_sets, char *msg,
-                       size_t msg_len) {
+enum err added_measure(struct added *sums, struct model *model, const struct recall_options *o,
+                       int n_texts, int set, int n_sets, char *msg, size_t msg_len) {
     const struct attention_config *c = &model_info(model)->attention;
     struct set s = {.reader = {.name = model_info(model)->name,
                                .model = model,
@@ -285,7 +284,7 @@ enum err added_measure(struct added *sums, struct model *model, int places,
         e = make_text(&s.ids[i], &s.facts[i], &share, 1, 2 * c->window_size, o, random, msg,
                       msg_len);
     }
-    if (!e) e = ask_set(&s, sums, places);
+    if (!e) e = ask_set(&s, sums);
     for (int i = 0; i < n_texts; i++)
         free(s.ids[i]);
     free_facts(s.facts, n_texts);

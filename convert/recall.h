@@ -66,9 +66,8 @@ struct added { /* own: the fact of the text that goes on; others: those of the o
     struct recalled own_alone, own_joined, own_added, others_alone, others_joined, others_added;
 };
 
-/* One set of n_texts texts, number `set` of n_sets.  model was opened with places for n_texts caches and n_texts + 2 slots;
- * `places` of them are the model's own.  ERR_ARG: texts too short to have linear keys with all caches beside them. */
-enum err added_measure(struct added *sums, struct model *model, int places, const struct recall_options *o, int n_texts,
+/* One set of n_texts texts, number `set` of n_sets.  model was opened with cache_copies n_texts and n_texts + 2 slots.  ERR_ARG: texts too short to have linear keys with all caches beside them. */
+enum err added_measure(struct added *sums, struct model *model, const struct recall_options *o, int n_texts,
                        int set, int n_sets, char *msg, size_t msg_len);
 
 #endif

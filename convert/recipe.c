@@ -4,6 +4,7 @@
 #include "compute/gemm.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -37,7 +38,6 @@ static void start_from(struct recipe *r, const char *name, const struct base_con
     if (!strcmp(name, "urchin")) {
         a->sinks = 1;
         a->cache_size = 128;
-        a->cache_recent = 32;
         a->cache_age = 512;
         a->horizon = 1024;
         a->map_before_rope = true;
@@ -82,8 +82,76 @@ static void start_from(struct recipe *r, const char *name, const struct base_con
     }
 }
 
-static void set_attention(struct recipe *r, const struct settings *s,
-                          const struct base_config *base) {
+static enum err read_heads(struct recipe *r, const char *list, const struct base_config *base,
+                           char *msg, size_t msg_len) {
+    bool named = strchr(list, '.');
+    char *end = NULL;
+    long n = named ? 0 : strtol(list, &end, 10), last = -1;
+    bool good = named || (end != list && !*end && n >= 0);
+    for (const char *p = list; named && good; p = end + 1) {
+        int layer, head, used = 0;
+        good = sscanf(p, "%d.%d%n", &layer, &head, &used) == 2 && layer >= 0 && head >= 0 &&
+               layer < base->n_layers && head < base->n_kv_heads && n < MOST_RETRIEVAL &&
+               (long)layer * base->n_kv_heads + head > last && (p[used] == ',' || !p[used]);
+        if (!good) break;
+        last = (long)layer * base->n_kv_heads + head;
+        r->retrieval_heads[n][0] = layer;
+        r->retrieval_heads[n++][1] = head;
+        end = (char *)p + used;
+        if (!*end) break;
+    }
+    if (!good)
+        return err_set(msg, msg_len, ERR_ARG,
+                       "--retrieval-heads %.60s: neither a number of heads nor ascending kv heads "
+                       "like 17.1,18.2 of layers 0 to %d with %d each (at most %d)",
+                       list, base->n_layers - 1, base->n_kv_heads, MOST_RETRIEVAL);
+    r->n_retrieval = (int)(n < MOST_RETRIEVAL ? n : MOST_RETRIEVAL);
+    r->n_retrieval_heads = named ? r->n_retrieval : 0;
+    return OK;
+}
+
+/* Facts are the business of a few heads, which have room for them; the other heads' caches are then
+ * for what is recent. */
+static enum err set_retrieval(struct recipe *r, const struct settings *s,
+                              const struct base_config *base, char *msg, size_t msg_len) {
+    enum { SIZE = 1024, ONE_IN = 12 };
+    struct attention_config *a = &r->attention;
+    int n_heads = base->n_layers * base->n_kv_heads;
+    enum err e = OK;
+    a->retrieval_size = s->retrieval_size >= 0 ? s->retrieval_size : SIZE;
+    if (s->retrieval_heads)
+        e = read_heads(r, s->retrieval_heads, base, msg, msg_len);
+    else if (!strcmp(r->name, "urchin") && a->cache_size && base->context >= 2 * SIZE)
+        r->n_retrieval = (n_heads + ONE_IN - 1) / ONE_IN;
+    if (e) return e;
+    if (r->n_retrieval > n_heads) r->n_retrieval = n_heads;
+    if (r->n_retrieval > MOST_RETRIEVAL) r->n_retrieval = MOST_RETRIEVAL;
+    if (!a->retrieval_size) r->n_retrieval = r->n_retrieval_heads = 0;
+    if (!r->n_retrieval) a->retrieval_size = 0;
+    a->retrieval_recent = a->retrieval_size / 32;
+    a->cache_recent = s->cache_recent >= 0 ? s->cache_recent
+                      : r->n_retrieval     ? a->cache_size * 3 / 4
+                                           : a->cache_size / 4;
+    return OK;
+}
+
+void recipe_mark_retrieval(const struct recipe *r, bool *flags) {
+    for (int i = 0; i < r->n_retrieval_heads; i++)
+        flags[r->retrieval_heads[i][0] * r->attention.n_kv_heads + r->retrieval_heads[i][1]] = true;
+}
+
+void recipe_take_retrieval(struct recipe *r, const bool *flags, int n_layers) {
+    int n_kv = r->attention.n_kv_heads;
+    r->n_retrieval_heads = 0;
+    for (int i = 0; i < n_layers * n_kv && r->n_retrieval_heads < MOST_RETRIEVAL; i++) {
+        if (!flags[i]) continue;
+        r->retrieval_heads[r->n_retrieval_heads][0] = i / n_kv;
+        r->retrieval_heads[r->n_retrieval_heads++][1] = i % n_kv;
+    }
+}
+
+static enum err set_attention(struct recipe *r, const struct settings *s,
+                              const struct base_config *base, char *msg, size_t msg_len) {
     static const char *const per[] = {"kv_head", "query_head", NULL}, *const positions[] = {
                                                                           "rope", "none", NULL};
     struct attention_config *a = &r->attention;
@@ -94,22 +162,21 @@ static void set_attention(struct recipe *r, const struct settings *s,
     a->window = (enum window_rule)choice(s->window, window_names, a->window);
     if (a->window == WINDOW_NONE) a->window_size = a->sinks = 0;
     if (a->window != WINDOW_NONE && !a->window_size) a->window_size = 64;
-    if (a->window != WINDOW_TERRACED) a->cache_size = a->cache_recent = a->cache_age = 0;
+    if (a->window != WINDOW_TERRACED) a->cache_size = a->cache_age = 0;
     if (s->features) a->features = s->features;
     if (s->window_size >= 0) a->window_size = s->window_size;
     if (s->sinks >= 0) a->sinks = s->sinks;
     if (s->cache_size >= 0) a->cache_size = s->cache_size;
-    if (s->cache_recent >= 0)
-        a->cache_recent = s->cache_recent;
-    else if (a->cache_recent > a->cache_size)
-        a->cache_recent = a->cache_size;
+    enum err e = set_retrieval(r, s, base, msg, msg_len);
+    if (e) return e;
     if (s->cache_age >= 0) a->cache_age = s->cache_age;
-    if (!a->cache_recent) a->cache_age = 0;
+    if (!a->cache_recent && !a->retrieval_recent) a->cache_age = 0;
     if (s->horizon >= 0) a->horizon = s->horizon;
     if (a->map_before_rope && r->rope)
         a->max_distance = s->max_distance >= 0            ? s->max_distance
                           : base->context < MOST_DISTANCE ? base->context
                                                           : MOST_DISTANCE;
+    return OK;
 }
 
 static int ascending(const void *a, const void *b) {
@@ -196,8 +263,8 @@ enum err recipe_from_settings(struct recipe *out, const struct settings *s,
                               const struct base_config *base, char *msg, size_t msg_len) {
     struct recipe r = {.rope = base->architecture == BASE_LLAMA};
     start_from(&r, s->recipe, base);
-    set_attention(&r, s, base);
-    enum err wrong = set_softmax_layers(&r, s->softmax_layers, base, msg, msg_len);
+    enum err wrong = set_attention(&r, s, base, msg, msg_len);
+    if (!wrong) wrong = set_softmax_layers(&r, s->softmax_layers, base, msg, msg_len);
     if (wrong) return wrong;
     r.recall = s->recall;
     if (s->max_distance >= 0 && !r.attention.max_distance)
@@ -252,6 +319,22 @@ static void add_text(cJSON *o, const char *key, const char *text) {
     cJSON_AddStringToObject(o, key, text);
 }
 
+/* Before they are found `heads` says how many there are to be. */
+static cJSON *retrieval_json(const struct recipe *r) {
+    const struct attention_config *a = &r->attention;
+    cJSON *o = cJSON_CreateObject();
+    add_number(o, "size", a->retrieval_size);
+    add_number(o, "recent", a->retrieval_recent);
+    if (!r->n_retrieval_heads) {
+        add_number(o, "heads", r->n_retrieval);
+        return o;
+    }
+    cJSON *heads = cJSON_AddArrayToObject(o, "heads");
+    for (int i = 0; i < r->n_retrieval_heads; i++)
+        cJSON_AddItemToArray(heads, cJSON_CreateIntArray(r->retrieval_heads[i], 2));
+    return o;
+}
+
 cJSON *recipe_attention_json(const struct recipe *r) {
     const struct attention_config *a = &r->attention;
     cJSON *o = cJSON_CreateObject();
@@ -265,12 +348,13 @@ cJSON *recipe_attention_json(const struct recipe *r) {
     add_text(window, "rule", window_names[a->window]);
     if (a->window != WINDOW_NONE) add_number(window, "size", a->window_size);
     add_number(o, "sinks", a->sinks);
-    if (a->cache_size) {
+    if (a->cache_size || a->retrieval_size) {
         cJSON *cache = cJSON_AddObjectToObject(o, "cache");
         add_number(cache, "size", a->cache_size);
         add_text(cache, "score", "self_recall");
         add_number(cache, "recent", a->cache_recent);
-        if (a->cache_recent) add_number(cache, "age", a->cache_age);
+        if (a->cache_age) add_number(cache, "age", a->cache_age);
+        if (a->retrieval_size) cJSON_AddItemToObject(cache, "retrieval", retrieval_json(r));
     } else {
         cJSON_AddNullToObject(o, "cache");
     }

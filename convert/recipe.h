@@ -2,7 +2,8 @@
  *
  * Three recipes, of which every part may be set otherwise (docs/convert.md):
  *   urchin   conversion.md's: exp map before RoPE, key map per kv head, terraced window 64, 1 sink,
- *            recall cache 128, one scale, horizon 1,024; cross-entropy of rows, calibrated first
+ *            recall cache 128, of retrieval heads 1,024, one scale, horizon 1,024; cross-entropy of
+ *            rows, calibrated first
  *   lolcats  arXiv:2410.10254, stage 1: two softmaxes of half the head's size after RoPE, key map
  *            per query head, terraced window 64, its own mixing; squared error of outputs times
  * 1000 paper    Hedgehog arXiv:2402.04347: exp map after RoPE per query head, no window;
@@ -26,6 +27,8 @@ struct finetune_recipe { /* stage 2; its sequences are as long as stage 1's */
     double lr, lr_maps;  /* of low-rank parts or weights; of maps and mixing */
 };
 
+enum { MOST_RETRIEVAL = 256 };
+
 struct recipe {
     const char *name;
     struct attention_config
@@ -33,6 +36,9 @@ struct recipe {
     bool rope;              /* the base has RoPE */
     int softmax_layers[64]; /* that are not converted, ascending */
     int n_softmax_layers;
+    int n_retrieval;       /* kv heads that look facts up (retrieval.h), to be found or named; 0: none */
+    int retrieval_heads[MOST_RETRIEVAL][2]; /* layer and kv head of those known, ascending */
+    int n_retrieval_heads;                  /* n_retrieval where the settings name them, else 0 until they are found */
     double recall; /* share of packs that are recall texts */
     float ce, mse; /* factors of the loss, see student.h */
     int steps, accumulate;
@@ -57,6 +63,10 @@ double recipe_rate_of(const struct recipe *r, int steps, int64_t step);
 double recipe_rate(const struct recipe *r, int64_t step); /* stage 1 */
 
 bool recipe_keeps_softmax(const struct recipe *r, int layer);
+
+/* Marks layer and kv head in [n_layers][n_kv_heads] flags; and the other way round, as the recipe's retrieval heads. */
+void recipe_mark_retrieval(const struct recipe *r, bool *flags);
+void recipe_take_retrieval(struct recipe *r, const bool *flags, int n_layers);
 
 /* Tokens of a document at which its last row has a linear key: fewer teach nothing. */
 int recipe_least_tokens(const struct attention_config *attention);

@@ -195,7 +195,7 @@ bool report_verdict(const struct report *r, char *out, size_t len) {
         if (reader->linear || !reader->whole || reader->whole->model != reader->model) continue;
         const struct score *s = &r->perplexity[i];
         double off = score_mean_off(s), error = score_off_error(s);
-        if (!attention_linear_keys(model_attention(reader->model), r->context - 1)) {
+        if (!attention_linear_keys(model_attention(reader->model), -1, 0, r->context - 1)) {
             snprintf(out, len,
                      "No key is linear in %lld tokens of %s, so this says nothing about its linear "
                      "branch: take a longer --context.",

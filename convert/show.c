@@ -23,14 +23,15 @@ static enum err read_sample(cJSON **out, const char *folder, const struct settin
     o.path = folder;
     o.device = DEVICE_CPU;
     o.max_seq_len = o.memory_budget = 0;
-    o.cache_size = o.cache_recent = o.cache_age = -1; /* the settings' are in its urchin.json */
+    o.cache_size = o.cache_recent = o.cache_age = o.retrieval_size =
+        -1; /* the settings' are in its urchin.json */
     o.max_distance = o.horizon = -1;
     o.max_rows = READING_ROWS;
     o.max_logits = 1;
     o.n_slots = 1;
     o.team = team;
     enum err e = model_open(&model, &o, msg, msg_len);
-    if (!e && attention_linear_keys(model_attention(model), n - 1) > 0)
+    if (!e && attention_linear_keys(model_attention(model), -1, 0, n - 1) > 0)
         e = head_report_take(&heads, model, team, 0, sample, 1, n, msg, msg_len);
     if (!e && heads) *out = head_report_json(heads);
     head_report_free(heads);

@@ -90,6 +90,58 @@ static void read_softmax_layers(struct reader *r, struct converted *c, const str
     }
 }
 
+/* Pairs of layer and kv head, ascending; how many there are of each is known with the base. */
+static void read_retrieval_heads(struct reader *r, struct converted *c, const struct json *list) {
+    const char *in = "attention.cache.retrieval.", *key = "heads";
+    size_t n = json_type(list) == JSON_ARRAY ? (size_t)json_size(list) : 0;
+    c->retrieval_list = calloc(n + 1, sizeof *c->retrieval_list);
+    if (!c->retrieval_list) {
+        if (!r->e) r->e = err_set(r->msg, r->msg_len, ERR_NOMEM, "%s: out of memory", r->path);
+        return;
+    }
+    bool good = n > 0;
+    int64_t last = -1, pair[2];
+    for (const struct json *p = n ? json_child(list) : NULL; p && good; p = json_next(p)) {
+        const struct json *head = json_type(p) == JSON_ARRAY ? json_child(p) : NULL;
+        good = head && json_size(p) == 2 && json_int(head, &pair[0]) &&
+               json_int(json_next(head), &pair[1]) && pair[0] >= 0 && pair[0] <= INT_MAX &&
+               pair[1] >= 0 && pair[1] <= INT_MAX && (pair[0] << 31 | pair[1]) > last;
+        if (!good) break;
+        last = pair[0] << 31 | pair[1];
+        c->retrieval_list[c->n_retrieval][0] = (int)pair[0];
+        c->retrieval_list[c->n_retrieval++][1] = (int)pair[1];
+    }
+    if (!good) fault(r, in, key, "is not a list of ascending pairs of layer and kv head");
+}
+
+static void read_cache(struct reader *r, struct converted *c, const struct json *cache) {
+    static const char *const scores[] = {"self_recall", NULL};
+    struct attention_config *a = &c->attention;
+    const char *in = "attention.cache.";
+    if (json_type(cache) == JSON_NULL) return;
+    if (json_type(cache) != JSON_OBJECT) {
+        fault(r, "attention.", "cache", "is neither null nor an object");
+        return;
+    }
+    refuse_unknown(r, cache, in,
+                   (const char *const[]){"size", "score", "recent", "age", "retrieval", NULL});
+    read_choice(r, cache, in, "score", false, scores);
+    a->cache_size = (int)read_int(r, cache, in, "size", 0, -1);
+    a->cache_recent = (int)read_int(r, cache, in, "recent", 0, 0);
+    const struct json *retrieval = json_get(cache, "retrieval");
+    if (json_type(retrieval) == JSON_OBJECT) {
+        in = "attention.cache.retrieval.";
+        refuse_unknown(r, retrieval, in, (const char *const[]){"size", "recent", "heads", NULL});
+        a->retrieval_size = (int)read_int(r, retrieval, in, "size", 1, -1);
+        a->retrieval_recent = (int)read_int(r, retrieval, in, "recent", 0, 0);
+        read_retrieval_heads(r, c, json_get(retrieval, "heads"));
+    } else if (json_type(retrieval) != JSON_NULL) {
+        fault(r, in, "retrieval", "is neither null nor an object");
+    }
+    bool recent = a->cache_recent || a->retrieval_recent;
+    a->cache_age = (int)read_int(r, cache, "attention.cache.", "age", 1, recent ? -1 : 0);
+}
+
 static void read_attention(struct reader *r, struct converted *c, const struct json *attention) {
     static const char *const keys[] = {
         "kind",    "map",    "features",     "key_map_per",  "window",         "sinks", "cache",
@@ -100,7 +152,6 @@ static void read_attention(struct reader *r, struct converted *c, const struct j
     static const char *const rules[] = {"none", "sliding", "terraced", NULL};
     static const char *const mixings[] = {"unified", "lolcats", NULL};
     static const char *const positions[] = {"rope", "none", NULL};
-    static const char *const scores[] = {"self_recall", NULL};
     struct attention_config *a = &c->attention;
     const char *in = "attention.";
     if (json_type(attention) != JSON_OBJECT) {
@@ -132,15 +183,7 @@ static void read_attention(struct reader *r, struct converted *c, const struct j
                                    a->window == WINDOW_NONE ? 0 : -1);
     if (a->window == WINDOW_NONE) a->window_size = 0;
 
-    const struct json *cache = json_get(attention, "cache");
-    if (json_type(cache) == JSON_NULL) return;
-    if (json_type(cache) != JSON_OBJECT) fault(r, in, "cache", "is neither null nor an object");
-    refuse_unknown(r, cache, "attention.cache.",
-                   (const char *const[]){"size", "score", "recent", "age", NULL});
-    read_choice(r, cache, "attention.cache.", "score", false, scores);
-    a->cache_size = (int)read_int(r, cache, "attention.cache.", "size", 0, -1);
-    a->cache_recent = (int)read_int(r, cache, "attention.cache.", "recent", 0, 0);
-    a->cache_age = (int)read_int(r, cache, "attention.cache.", "age", 1, a->cache_recent ? -1 : 0);
+    read_cache(r, c, json_get(attention, "cache"));
 }
 
 static void read_low_rank(struct reader *r, struct converted *c, const struct json *low) {
@@ -277,6 +320,8 @@ void converted_close(struct converted *c) {
     free(c->layers);
     free(c->softmax_layers);
     free(c->softmax_list);
+    free(c->retrieval_list);
+    free(c->retrieval);
     free(c->tensors_path);
     free(c->base_file);
     free(c->name);
@@ -385,6 +430,23 @@ static enum err refuse_others(const struct converted *c, char *msg, size_t msg_l
     return OK;
 }
 
+static enum err take_retrieval_heads(struct converted *c, char *msg, size_t msg_len) {
+    int n_kv = c->attention.n_kv_heads;
+    if (!c->n_retrieval) return OK;
+    c->retrieval = calloc((size_t)c->n_layers * (size_t)n_kv, sizeof *c->retrieval);
+    if (!c->retrieval) return err_set(msg, msg_len, ERR_NOMEM, "%s: out of memory", c->name);
+    for (int i = 0; i < c->n_retrieval; i++) {
+        int layer = c->retrieval_list[i][0], head = c->retrieval_list[i][1];
+        if (layer >= c->n_layers || head >= n_kv)
+            return err_set(msg, msg_len, ERR_FORMAT,
+                           "%s: attention.cache.retrieval.heads names kv head %d of layer %d, but "
+                           "the base has %d layers of %d kv heads",
+                           c->name, head, layer, c->n_layers, n_kv);
+        c->retrieval[(size_t)layer * (size_t)n_kv + (size_t)head] = true;
+    }
+    return OK;
+}
+
 static enum err take_softmax_layers(struct converted *c, char *msg, size_t msg_len) {
     int n = c->n_softmax_layers;
     if (!n) return OK;
@@ -425,6 +487,7 @@ enum err converted_lay_over(struct converted *c, const struct base_config *base,
     c->layers = calloc((size_t)base->n_layers, sizeof *c->layers);
     if (!c->layers) return err_set(msg, msg_len, ERR_NOMEM, "%s: out of memory", c->name);
     if ((e = take_softmax_layers(c, msg, msg_len))) return e;
+    if ((e = take_retrieval_heads(c, msg, msg_len))) return e;
     if (!c->tensors) return OK;
     for (int i = 0; !e && i < c->n_layers; i++)
         e = read_layer(c, i, base, &n_read, msg, msg_len);

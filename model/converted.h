@@ -32,6 +32,9 @@ struct converted {
     bool *softmax_layers; /* [n_layers] once laid over a base, NULL: none */
     int *softmax_list;    /* [n_softmax_layers] as urchin.json names them, ascending */
     int n_softmax_layers; /* 0 where all are: then the kind is softmax */
+    int (*retrieval_list)[2]; /* [n_retrieval] layer and kv head of each retrieval head as urchin.json names them, ascending */
+    int n_retrieval;
+    bool *retrieval; /* [n_layers][n_kv_heads] once laid over a base; NULL: none */
     bool is_adapter;
     char *base_file; /* adapters: file name without a folder, bytes, digest */
     int64_t base_bytes;

@@ -24,6 +24,8 @@ void model_options_init(struct model_options *o) {
         .cache_size = -1,
         .cache_recent = -1,
         .cache_age = -1,
+        .retrieval_size = -1,
+        .cache_copies = 1,
         .max_distance = -1,
         .horizon = -1,
     };
@@ -120,7 +122,7 @@ static enum err take_name(struct opening *o) {
 static enum err override_attention(struct opening *o, struct attention_config *a) {
     const struct model_options *options = o->options;
     bool any = options->cache_size >= 0 || options->cache_recent >= 0 || options->cache_age >= 0 ||
-               options->max_distance >= 0 || options->horizon >= 0;
+               options->retrieval_size >= 0 || options->max_distance >= 0 || options->horizon >= 0;
     if (a->kind == ATTENTION_SOFTMAX) {
         if (!any) return OK;
         return err_set(o->msg, o->msg_len, ERR_ARG,
@@ -139,7 +141,17 @@ static enum err override_attention(struct opening *o, struct attention_config *a
         a->cache_recent = options->cache_recent;
     else if (options->cache_size >= 0 && a->cache_recent > a->cache_size)
         a->cache_recent = a->cache_size; /* a smaller cache asked for */
+    if (options->retrieval_size > 0 && !a->retrieval_size)
+        return err_set(o->msg, o->msg_len, ERR_ARG,
+                       "%s names no retrieval heads, so there is nothing to give them",
+                       options->path);
+    if (options->retrieval_size >= 0) {
+        a->retrieval_size = options->retrieval_size;
+        if (a->retrieval_recent > a->retrieval_size) a->retrieval_recent = a->retrieval_size;
+    }
     if (options->cache_age >= 0) a->cache_age = options->cache_age;
+    a->cache_size *= options->cache_copies;
+    a->retrieval_size *= options->cache_copies;
     if (options->max_distance >= 0) a->max_distance = options->max_distance;
     if (options->horizon >= 0) a->horizon = options->horizon;
     return OK;
@@ -152,8 +164,12 @@ static enum err new_attention(struct opening *o) {
     if (!weights) return no_memory(o);
     for (int i = 0; m->converted && i < n_layers; i++) {
         const struct converted_layer *l = &m->converted->layers[i];
-        weights[i] =
-            (struct attention_weights){.map_q = l->map_q, .map_k = l->map_k, .mix = l->mix};
+        const bool *retrieval = m->converted->retrieval;
+        weights[i] = (struct attention_weights){
+            .map_q = l->map_q,
+            .map_k = l->map_k,
+            .mix = l->mix,
+            .retrieval = retrieval ? retrieval + i * m->config.n_kv_heads : NULL};
     }
     enum err e = attentions_new(&m->attention, &m->info.attention, m->info.softmax_layers,
                                 m->info.max_seq_len, weights, n_layers, m->rope, m->team,
@@ -396,7 +412,13 @@ static enum err check_options(const struct model_options *o, char *msg, size_t m
 /* A GPU knows one kind of attention a model. */
 static enum err check_device(struct opening *o) {
     struct model *m = o->m;
-    if (!o->gpu || !m->info.softmax_layers) return OK;
+    if (!o->gpu || (!m->info.softmax_layers && !m->info.retrieval)) return OK;
+    if (o->options->device == DEVICE_CUDA && m->info.retrieval)
+        return err_set(
+            o->msg, o->msg_len, ERR_ARG,
+            "%s has retrieval heads with caches of their own, which a GPU cannot do yet: "
+            "run it with --device cpu",
+            o->options->path);
     if (o->options->device == DEVICE_CUDA)
         return err_set(o->msg, o->msg_len, ERR_ARG,
                        "%s keeps softmax attention in some layers, which a GPU cannot do yet: run "
@@ -444,6 +466,7 @@ static enum err open_model(struct opening *o) {
                                                       .n_heads = m->config.n_heads,
                                                       .n_kv_heads = m->config.n_kv_heads,
                                                       .head_dim = m->config.head_dim};
+    if (m->converted) m->info.retrieval = m->converted->retrieval;
     if (m->converted && m->converted->n_softmax_layers) {
         m->info.softmax_layers = m->converted->softmax_layers;
         m->info.n_softmax_layers = m->converted->n_softmax_layers;

@@ -29,6 +29,8 @@ struct model_options {
     int n_slots;               /* 0: as many as memory_budget holds (at least 1, at most 256) */
     size_t memory_budget;      /* bytes for slots when n_slots is 0; 0: a quarter of available memory, nine tenths of a GPU's */
     int cache_size, cache_recent, cache_age; /* -1: as the file says */
+    int retrieval_size;                      /* places of retrieval heads; -1: as the file says */
+    int cache_copies;                        /* so many times as many places everywhere (attention_state_add) */
     int64_t max_distance, horizon;           /* -1: as the file says (tests and research) */
     const char *chat_template; /* family name or NULL */
     struct team *team;         /* borrowed for the model's life */
@@ -45,6 +47,7 @@ struct model_info {
     struct attention_config attention; /* of the layers that softmax_layers does not name */
     const bool *softmax_layers; /* [n_layers]: a Hedgehog model's layers that kept softmax; NULL: none */
     int n_softmax_layers;
+    const bool *retrieval;      /* [n_layers][n_kv_heads]: the retrieval heads (attention.h); NULL: none */
     int64_t context;           /* the base's trained context */
     int64_t measured_to;       /* quality.measured_to_tokens, else context: past it quality is not known */
     int64_t max_seq_len;       /* 0: no limit; softmax in any layer: rows of its cache */

@@ -26,6 +26,7 @@ void model_options_set(struct model_options *o, const struct settings *s) {
     o->memory_budget = (size_t)s->memory_mb << 20;
     o->cache_size = s->cache_size;
     o->cache_recent = s->cache_recent;
+    o->retrieval_size = s->retrieval_size;
     o->cache_age = s->cache_age;
     o->max_distance = s->max_distance;
     o->horizon = s->horizon;

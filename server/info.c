@@ -45,10 +45,20 @@ static cJSON *attention_meta(const struct attention_config *c) {
     add_number(a, "cache_size", c->cache_size);
     add_number(a, "cache_recent", c->cache_recent);
     add_number(a, "cache_age", c->cache_age);
+    add_number(a, "retrieval_size", c->retrieval_size);
     add_number(a, "horizon", (double)c->horizon);
     add_text(a, "mixing", mixing_names[c->mixing]);
     add_number(a, "max_distance", (double)c->max_distance);
     return a;
+}
+
+static cJSON *retrieval_heads(const struct model_info *i) {
+    cJSON *list = cJSON_CreateArray();
+    int n_kv = i->attention.n_kv_heads;
+    for (int h = 0; h < i->n_layers * n_kv; h++)
+        if (i->retrieval[h])
+            cJSON_AddItemToArray(list, cJSON_CreateIntArray((int[]){h / n_kv, h % n_kv}, 2));
+    return list;
 }
 
 static cJSON *softmax_layers(const struct model_info *i) {
@@ -68,6 +78,7 @@ cJSON *served_meta(const struct model *model) {
     add_number(m, "n_ff", i->ffn_dim);
     add_number(m, "n_vocab", i->vocab_size);
     add_number(m, "n_ctx_train", (double)i->context);
+    if (i->retrieval) json_add(m, "retrieval_heads", retrieval_heads(i));
     add_number(m, "measured_to", (double)i->measured_to);
     json_add(m, "max_seq_len",
              i->max_seq_len ? cJSON_CreateNumber((double)i->max_seq_len) : cJSON_CreateNull());
@@ -122,6 +133,14 @@ static void print_info(const struct model *model) {
     if (i->base_path)
         printf("base          %s\n              sha256 %s\n", i->base_path, i->base_sha256);
     print_attention(&i->attention);
+    if (i->retrieval) {
+        int n_kv = i->attention.n_kv_heads;
+        printf("  retrieval   cache %d (%d recent) in layer.head", i->attention.retrieval_size,
+               i->attention.retrieval_recent);
+        for (int h = 0; h < i->n_layers * n_kv; h++)
+            if (i->retrieval[h]) printf(" %d.%d", h / n_kv, h % n_kv);
+        printf("\n");
+    }
     if (i->softmax_layers) {
         printf("  softmax     in %d of %d layers:", i->n_softmax_layers, i->n_layers);
         for (int layer = 0; layer < i->n_layers; layer++)

@@ -46,6 +46,7 @@ enum { RIG_LAYERS = 3 };
 struct rig {
     struct attention_config config;
     struct attention_weights weights[RIG_LAYERS];
+    bool *retrieval[RIG_LAYERS]; /* [n_kv_heads], where some heads are */
     struct rope *rope;
     struct team *team;
     struct attention *a;
@@ -59,7 +60,13 @@ static inline int state_heads(const struct attention_config *c) {
     return c->key_map_per_query_head ? c->n_heads : c->n_kv_heads;
 }
 
-/* rope_base 0: no RoPE.  Exact and linear terms weigh alike, so that neither hides the other. */
+/* One layer of three has no retrieval head, and of two kv heads never both are. */
+static inline bool rig_retrieves(int layer, int kv_head) {
+    return (2 * layer + kv_head) % 3 == 1;
+}
+
+/* rope_base 0: no RoPE.  Exact and linear terms weigh alike, so that neither hides the other.  Some
+ * heads are retrieval heads where those are to have places. */
 static inline void rig_open(struct rig *g, struct attention_config config, double rope_base, int n,
                             int threads, bool bias) {
     memset(g, 0, sizeof *g);
@@ -86,6 +93,11 @@ static inline void rig_open(struct rig *g, struct attention_config config, doubl
                 .map_k_bias = bias ? random_floats(s * f, -1, 1, seed + 4) : NULL,
                 .mix = random_floats(H, balance - 1, balance + 1, seed + 5),
             };
+            if (config.retrieval_size) {
+                g->weights[i].retrieval = g->retrieval[i] = malloc(K * sizeof(bool));
+                for (int kv = 0; kv < config.n_kv_heads; kv++)
+                    g->retrieval[i][kv] = rig_retrieves(i, kv);
+            }
         }
         g->q[i] = random_floats((size_t)n * H * D, -2, 2, seed + 6);
         g->k[i] = random_floats((size_t)n * K * D, -2, 2, seed + 7);
@@ -107,6 +119,7 @@ static inline void rig_close(struct rig *g) {
         free((void *)g->weights[i].map_q_bias);
         free((void *)g->weights[i].map_k_bias);
         free((void *)g->weights[i].mix);
+        free(g->retrieval[i]);
         free(g->q[i]);
         free(g->k[i]);
         free(g->v[i]);
@@ -149,7 +162,7 @@ static inline void rig_read(const struct rig *g, void *slot, int from, int to, f
 
 /* All tokens one by one; sets, where not NULL: [RIG_LAYERS][K][blocks][size], -1 for none. */
 static inline void rig_decode(const struct rig *g, void *slot, float *y, int64_t *sets) {
-    int w = g->config.window_size, size = g->config.cache_size, blocks = w ? (g->n + w - 1) / w : 0;
+    int w = g->config.window_size, size = attention_cache_most(&g->config), blocks = w ? (g->n + w - 1) / w : 0;
     for (int n = 0; n < g->n; n++) {
         rig_read(g, slot, n, n + 1, y);
         if (!sets || !size || n % w) continue;
@@ -221,8 +234,8 @@ static inline int64_t reference_folds_at(const struct attention_config *c, int64
     if (c->window == WINDOW_SLIDING) return j + w;
     for (int64_t b = j / w + 2; b * w < n; b++) {
         bool cached = false;
-        for (int e = 0; e < c->cache_size; e++)
-            cached |= sets[b * c->cache_size + e] == j;
+        for (int e = 0, size = attention_cache_most(c); e < size; e++)
+            cached |= sets[b * size + e] == j;
         if (!cached) return b;
     }
     return INT64_MAX;
@@ -259,7 +272,7 @@ static inline void reference_rows(const struct rig *g, int layer, const int64_t 
 
     for (int h = 0; h < H; h++) {
         int kv = h / G;
-        const int64_t *set = sets ? sets + (size_t)kv * blocks * c->cache_size : NULL;
+        const int64_t *set = sets ? sets + (size_t)kv * blocks * attention_cache_most(c) : NULL;
         size_t map = c->key_map_per_query_head ? (size_t)h : (size_t)kv;
         for (int j = 0; j < n; j++) {
             float *kj = k + (size_t)j * D, *tj = turned + (size_t)j * D;

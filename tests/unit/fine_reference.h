@@ -20,7 +20,7 @@ struct fine_reference {
     int rank;
     double scale, rope_base, rope_factor; /* rope_base 0: none */
     const struct pack *pack;
-    const int64_t *const *sets; /* [n_layers]: of each document [n_kv_heads][blocks][cache_size] */
+    const int64_t *const *sets; /* [n_layers]: of each document [n_kv_heads][blocks][attention_cache_most] */
 };
 
 static inline double ref_dot(const double *a, const double *b, int n) {
@@ -96,7 +96,8 @@ static inline void ref_attend(const struct fine_reference *r, int layer, int h, 
     const struct attention_config *c = r->softmax && r->softmax[layer] ? NULL : r->attention;
     int D = b->head_dim, H = b->n_heads, g = h / (H / b->n_kv_heads),
         row = (H + 2 * b->n_kv_heads) * D;
-    int w = c ? c->window_size : 0, size = c ? c->cache_size : 0, f = c ? c->features : 0;
+    int w = c ? c->window_size : 0, size = c ? attention_cache_most(c) : 0,
+        f = c ? c->features : 0;
     int blocks = size ? (n_tokens + w - 1) / w : 0;
     double S[REF_F][REF_D + 1] = {{0}}, held = 0;
     const double *map_q = NULL, *map_k = NULL, *mix = NULL;
@@ -211,7 +212,7 @@ static inline double *ref_logits(const struct fine_reference *r) {
                 ref_attend(r, layer, h, qkv + first * row, len, sets, y + first * q);
             if (r->attention)
                 sets += (size_t)attention_back_blocks(r->attention, len) * (size_t)c->n_kv_heads *
-                        (size_t)r->attention->cache_size;
+                        (size_t)attention_cache_most(r->attention);
         }
         for (int t = 0; t < T; t++) {
             double *xt = x + t * E;

@@ -5,6 +5,7 @@
 
 #include "model/model.h"
 #include "model/safetensors.h"
+#include "smollm.h"
 
 #include <limits.h>
 #include <math.h>
@@ -25,20 +26,6 @@ static inline double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
-/* The default model's base, where the user has fetched it; NULL: skip. Static. */
-static inline const char *smollm_base(void) {
-    static char path[PATH_MAX];
-    const char *cache = getenv("URCHIN_CACHE"), *home = getenv("HOME");
-    if (cache)
-        snprintf(path, sizeof path, "%s/SmolLM2-135M-Instruct.Q4_1.gguf", cache);
-    else
-        snprintf(path, sizeof path, "%s/.cache/urchin/SmolLM2-135M-Instruct.Q4_1.gguf",
-                 home ? home : "");
-    if (access(path, R_OK) == 0) return path;
-    print_message("skipped: %s is not there (`make model` fetches it)\n", path);
-    return NULL;
 }
 
 static inline struct model *open_with(const struct model_options *options) {

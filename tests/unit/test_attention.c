@@ -16,7 +16,7 @@ enum { N = 101 };
  * for each term; exp and the division a few. */
 static double tolerance(const struct rig *g, double steepness) {
     const struct attention_config *c = &g->config;
-    double terms = g->n + 2 * c->features + c->cache_size + 2 * c->window_size + 32;
+    double terms = g->n + 2 * c->features + attention_cache_most(c) + 2 * c->window_size + 32;
     return 2 * 0x1p-24 * (3 * (c->head_dim + 1) * steepness + terms);
 }
 
@@ -27,7 +27,8 @@ static void compare(const struct rig *g, const float *y, const int64_t *sets, do
     double *want = malloc(rows * sizeof *want), steepness;
     for (int i = 0; i < RIG_LAYERS; i++) {
         reference_rows(g, i,
-                       sets + (size_t)i * g->config.n_kv_heads * blocks * g->config.cache_size,
+                       sets + (size_t)i * g->config.n_kv_heads * blocks *
+                                  attention_cache_most(&g->config),
                        rope_base, linear, want, &steepness);
         double worst = 0, most = tolerance(g, steepness);
         for (size_t e = 0; e < rows; e++) {
@@ -46,14 +47,15 @@ static void check_steep(struct attention_config config, double rope_base, bool b
                         float steep) {
     char what[300];
     snprintf(what, sizeof what,
-             "kind %d map %d f %d per-query-key-map %d window %d/%d sinks %d cache %d/%d mixing %d "
+             "kind %d map %d f %d per-query-key-map %d window %d/%d sinks %d cache %d/%d retrieval "
+             "%d/%d mixing %d "
              "before-rope %d far %d "
              "horizon %d H %d K %d D %d kv %d base %g bias %d linear %d",
              config.kind, config.map, config.features, config.key_map_per_query_head, config.window,
              config.window_size, config.sinks, config.cache_size, config.cache_recent,
-             config.mixing, config.map_before_rope, (int)config.max_distance, (int)config.horizon,
-             config.n_heads, config.n_kv_heads, config.head_dim, config.kv_type, rope_base, bias,
-             linear);
+             config.retrieval_size, config.retrieval_recent, config.mixing, config.map_before_rope,
+             (int)config.max_distance, (int)config.horizon, config.n_heads, config.n_kv_heads,
+             config.head_dim, config.kv_type, rope_base, bias, linear);
     struct rig g;
     rig_open(&g, config, rope_base, N, 1, bias);
     attention_set_linear(g.a, linear);
@@ -65,8 +67,9 @@ static void check_steep(struct attention_config config, double rope_base, bool b
             ((float *)g.weights[i].map_k)[e] *= steep;
     }
     int blocks = config.window_size ? (N + config.window_size - 1) / config.window_size : 0;
-    int64_t *sets = calloc((size_t)RIG_LAYERS * config.n_kv_heads * blocks * config.cache_size + 1,
-                           sizeof *sets);
+    int64_t *sets =
+        calloc((size_t)RIG_LAYERS * config.n_kv_heads * blocks * attention_cache_most(&config) + 1,
+               sizeof *sets);
     void *slot = slot_open(&g);
     float *y = rows_open(&g), *chunked = rows_open(&g);
     rig_decode(&g, slot, y, sets);
@@ -158,6 +161,26 @@ static void test_odd_sizes_are_the_quadratic_form(void **state) {
                 with_window(&c, window);
                 check(c, 1000, i % 2, true);
             }
+}
+
+static void test_retrieval_heads_are_the_quadratic_form(void **state) {
+    (void)state;
+    static const struct {
+        int cache, recent, retrieval, retrieval_recent, horizon;
+    } sizes[] = {
+        {6, 2, 20, 3, 32},  {20, 7, 3, 1, 32}, {6, 6, 200, 0, 0},
+        {0, 0, 11, 11, 16}, {9, 0, 10, 0, 64},
+    };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int kv = KV_FP32; kv <= KV_BF16; kv++) {
+            struct attention_config c = base_config();
+            c.cache_size = sizes[i].cache, c.cache_recent = sizes[i].recent;
+            c.retrieval_size = sizes[i].retrieval, c.retrieval_recent = sizes[i].retrieval_recent;
+            c.horizon = sizes[i].horizon;
+            c.kv_type = kv;
+            c.key_map_per_query_head = i % 2;
+            check(c, 100, false, true);
+        }
 }
 
 static void test_distance_limits_of_every_size_are_the_quadratic_form(void **state) {
@@ -269,6 +292,8 @@ static void test_settings_that_make_no_sense_are_refused_by_name(void **state) {
         WRONG(sinks, 9, "sinks"),
         WRONG(sinks, -1, "sinks"),
         WRONG(cache_size, -1, "cache"),
+        WRONG(retrieval_size, -1, "retrieval"),
+        WRONG(retrieval_recent, 1, "retrieval"),
         WRONG(cache_recent, 7, "recent"),
         WRONG(cache_recent, -1, "recent"),
         WRONG(cache_age, 0, "age"),
@@ -312,6 +337,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_map_window_mixing_and_position_is_the_quadratic_form),
         cmocka_unit_test(test_odd_sizes_are_the_quadratic_form),
+        cmocka_unit_test(test_retrieval_heads_are_the_quadratic_form),
         cmocka_unit_test(test_distance_limits_of_every_size_are_the_quadratic_form),
         cmocka_unit_test(test_horizons_of_every_size_are_the_quadratic_form),
         cmocka_unit_test(test_no_rope_and_linear_off_are_the_quadratic_form),

@@ -149,7 +149,7 @@ static void test_both_caches_are_seen_at_the_positions_they_had(void **state) {
     rig_open(&g, small(), 10000, N, 1, false);
     float *y = rows_open(&g);
     void *a = slot_open(&g), *b = slot_open(&g);
-    attention_set_cache_places(g.a, 6);
+    attention_set_cache_share(g.a, 6, g.config.cache_size);
     read_text(&g, a, 0, READ, y);
     read_text(&g, b, SRC, READ - 3, y);
     int64_t own[RIG_LAYERS][K][12], theirs[RIG_LAYERS][K][12], both[12];
@@ -159,7 +159,7 @@ static void test_both_caches_are_seen_at_the_positions_they_had(void **state) {
             assert_int_equal(attention_cache_positions(g.a, a, i, kv, own[i][kv]), 6);
             assert_int_equal(attention_cache_positions(g.a, b, i, kv, theirs[i][kv]), 6);
         }
-    attention_set_cache_places(g.a, 12);
+    attention_set_cache_share(g.a, 12, g.config.cache_size);
     assert_int_equal(attention_state_add(g.a, a, (const void *const[]){b}, 1), OK);
     attention_set_linear(g.a, false);
     rig_read(&g, a, READ, READ + 1, y);
@@ -203,7 +203,7 @@ static void test_fewer_places_are_a_smaller_cache(void **state) {
     rig_open(&narrow, c, 10000, N, 2, false);
     float *y = rows_open(&wide), *want = rows_open(&narrow);
     void *a = slot_open(&wide), *b = slot_open(&narrow);
-    attention_set_cache_places(wide.a, 6);
+    attention_set_cache_share(wide.a, 6, wide.config.cache_size);
     rig_read(&wide, a, 0, 50, y), rig_read(&wide, a, 50, N, y);
     rig_read(&narrow, b, 0, 50, want), rig_read(&narrow, b, 50, N, want);
     for (size_t i = 0; i < RIG_LAYERS * N * row_floats(&wide);
@@ -227,13 +227,13 @@ static void test_what_cannot_be_added_is_refused_and_changes_nothing(void **stat
     size_t bytes = attention_slot_bytes(g.a);
     float *y = rows_open(&g);
     void *a = slot_open(&g), *b = slot_open(&g), *before = malloc(bytes);
-    attention_set_cache_places(g.a, 6);
+    attention_set_cache_share(g.a, 6, g.config.cache_size);
     read_text(&g, a, 0, READ, y);
     read_text(&g, b, SRC, READ, y);
     memcpy(before, a, bytes);
     assert_int_equal(attention_state_add(g.a, a, (const void *const[]){b}, 1),
                      ERR_ARG); /* 12 keys in 6 places */
-    attention_set_cache_places(g.a, 12);
+    attention_set_cache_share(g.a, 12, g.config.cache_size);
     assert_int_equal(attention_state_add(g.a, a, (const void *const[]){a}, 1), ERR_ARG);
     assert_int_equal(attention_state_add(g.a, a, (const void *const[]){b, b}, 2),
                      ERR_ARG); /* 18 in 12 */
@@ -283,12 +283,12 @@ static void test_what_was_scored_before_is_scored_again(void **state) {
     size_t bytes = attention_state_bytes(g.a, READ);
     float *y = rows_open(&g), *want = rows_open(&g);
     void *a = slot_open(&g), *b = slot_open(&g), *d = slot_open(&g), *saved = malloc(bytes);
-    attention_set_cache_places(g.a, 6);
+    attention_set_cache_share(g.a, 6, g.config.cache_size);
     read_text(&g, a, 0, READ, y);
     read_text(&g, b, SRC, READ, y);
     attention_state_save(g.a, saved, a);
     assert_int_equal(attention_state_load(g.a, d, saved, bytes, NULL, 0), OK);
-    attention_set_cache_places(g.a, 12);
+    attention_set_cache_share(g.a, 12, g.config.cache_size);
     assert_int_equal(attention_state_add(g.a, a, (const void *const[]){b}, 1), OK);
     assert_int_equal(attention_state_add(g.a, d, (const void *const[]){b}, 1), OK);
     ask(&g, a, y);
@@ -307,11 +307,11 @@ static void test_what_was_folded_ahead_is_folded_again(void **state) {
     size_t bytes = attention_state_bytes(g.a, READ);
     float *y = rows_open(&g), *want = rows_open(&g), *alone = rows_open(&g);
     void *a = slot_open(&g), *b = slot_open(&g), *d = slot_open(&g), *saved = malloc(bytes);
-    attention_set_cache_places(g.a, 2);
+    attention_set_cache_share(g.a, 2, g.config.cache_size);
     read_text(&g, b, SRC, READ, y);
-    attention_set_cache_places(g.a, 6);
+    attention_set_cache_share(g.a, 6, g.config.cache_size);
     read_text(&g, a, 0, READ - 1, y);
-    attention_set_cache_places(g.a, 8);
+    attention_set_cache_share(g.a, 8, g.config.cache_size);
     rig_read(&g, a, READ - 1, READ, y);
     attention_state_save(g.a, saved, a);
     assert_int_equal(attention_state_load(g.a, d, saved, bytes, NULL, 0), OK);

@@ -25,13 +25,15 @@ static struct attention_config small(void) {
                                      .max_distance = 20};
 }
 
-static int configs(struct attention_config out[4]) {
-    for (int i = 0; i < 4; i++)
+static int configs(struct attention_config out[5]) {
+    for (int i = 0; i < 5; i++)
         out[i] = small();
     out[1].kv_type = KV_FP32, out[1].horizon = 0;
     out[2].map_before_rope = false, out[2].max_distance = 0, out[2].key_map_per_query_head = true;
     out[3].cache_size = out[3].cache_recent = out[3].cache_age = 0; /* all is folded */
-    return 4;
+    out[4].retrieval_size = 7,
+    out[4].retrieval_recent = 2; /* of some heads there is more to choose */
+    return 5;
 }
 
 static int64_t sets[RIG_LAYERS][2][BLOCKS][CACHE];
@@ -51,11 +53,11 @@ static const char *const CHANGES[] = {"nothing",         "other tokens", "fewer 
 
 static void go_on(struct rig *g, enum change change, void *slot, int from, int to, float *y) {
     if (change == OTHER_TOKENS) g->first = 9;
-    if (change == FEWER_PLACES) attention_set_cache_places(g->a, g->config.cache_size - 3);
+    if (change == FEWER_PLACES) attention_set_cache_share(g->a, CACHE - 3, CACHE);
     if (change == IMPOSED) attention_impose_cache(g->a, &sets[0][0][0][0], BLOCKS);
     rig_read(g, slot, from, to, y);
     g->first = 0;
-    attention_set_cache_places(g->a, g->config.cache_size);
+    attention_set_cache_share(g->a, 1, 1);
     attention_impose_cache(g->a, NULL, 0);
 }
 
@@ -106,7 +108,7 @@ static void check_change(struct rig *g, enum change change, int at, int *n_ahead
 
 static void test_what_was_made_ahead_changes_no_bit_and_is_dropped_when_stale(void **state) {
     (void)state;
-    struct attention_config kinds[4];
+    struct attention_config kinds[5];
     fill_sets();
     for (int kind = 0, n = configs(kinds); kind < n; kind++) {
         struct rig g;

@@ -276,7 +276,7 @@ static void check_ahead(const struct rig *g, const void *slot, int layer, int kv
     for (int i = 0; i < ahead.n; i++)
         assert_true(lies_in(ahead.range[i], slot, attention_slot_bytes(a)) ||
                     lies_in(ahead.range[i], maps, map * sizeof *maps));
-    if (memory_folded(a, position) > 0) {
+    if (memory_folded(a, m.room, position) > 0) {
         size_t states = (size_t)a->state_heads * a->layout.state_floats * sizeof *m.state;
         /* where a block begins the one made ahead takes the state's place, if there is one */
         assert_true(holds(&ahead, m.state, states) ||

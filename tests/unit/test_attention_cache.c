@@ -62,14 +62,15 @@ static double reference_error(const struct rig *g, int layer, int kv, const doub
 }
 
 /* The rule, by repeated search: of equals the earlier. */
-static int reference_choice(const struct attention_config *c, const int64_t *position,
-                            const float *error, int n, int64_t start, int64_t *out) {
+static int reference_choice(const struct attention_config *c, int size, int n_recent,
+                            const int64_t *position, const float *error, int n, int64_t start,
+                            int64_t *out) {
     bool keep[256] = {0};
-    for (int place = 0; place < c->cache_size; place++) {
+    for (int place = 0; place < size; place++) {
         double best = -1;
         int at = -1;
         for (int j = 0; j < n; j++) {
-            bool recent = place >= c->cache_size - c->cache_recent;
+            bool recent = place >= size - n_recent;
             double score =
                 recent ? error[j] / (1 + (double)(start - position[j]) / c->cache_age) : error[j];
             if (!keep[j] && score > best) best = score, at = j;
@@ -87,25 +88,26 @@ static int reference_choice(const struct attention_config *c, const int64_t *pos
  */
 static const double ERROR_TOLERANCE = 2e-4;
 
-static void check_scores_and_choice(bool per_query_head) {
+static void check_scores_and_choice(struct attention_config of) {
     struct rig g;
-    rig_open(&g, config(per_query_head), 1000, N, 2, false);
+    rig_open(&g, of, 1000, N, 2, false);
     const struct attention_config *c = &g.config;
     void *slot = slot_open(&g);
     float *y = rows_open(&g);
-    int w = c->window_size, size = c->cache_size;
+    int w = c->window_size;
     static double weight[RIG_LAYERS][2][N]; /* of each key in the state */
     memset(weight, 0, sizeof weight);
-    int64_t held = 0, choices = 0, differ = 0;
+    int64_t held[RIG_LAYERS][2] = {{0}}, choices = 0, differ = 0;
     for (int b = 0; b * w < N; b++) {
         if (b) rig_read(&g, slot, (b - 1) * w, b * w, y);
         if (b < 2) continue;
         int64_t position[RIG_LAYERS][2][64], mine[64], want[64];
         float error[RIG_LAYERS][2][64];
-        int n = 0;
+        int counts[RIG_LAYERS][2];
         for (int i = 0; i < RIG_LAYERS; i++)
             for (int kv = 0; kv < 2; kv++) {
-                n = attention_cache_scores(g.a, slot, i, kv, position[i][kv], error[i][kv]);
+                int n = counts[i][kv] =
+                    attention_cache_scores(g.a, slot, i, kv, position[i][kv], error[i][kv]);
                 double all[N];
                 memcpy(all, weight[i][kv], sizeof all);
                 for (int j = 0; j < n; j++)
@@ -120,14 +122,18 @@ static void check_scores_and_choice(bool per_query_head) {
         void *next = slot_open(&g); /* the first row of block b, in a copy */
         attention_slot_copy(g.a, next, slot);
         rig_read(&g, next, b * w, b * w + 1, y);
-        held += n > size ? n - size : 0;
-        double forget = held > c->horizon ? (double)c->horizon / (double)held : 1;
-        if (held > c->horizon) held = c->horizon;
         for (int i = 0; i < RIG_LAYERS; i++)
             for (int kv = 0; kv < 2; kv++) {
+                bool retrieval = c->retrieval_size && rig_retrieves(i, kv);
+                int n = counts[i][kv], size = retrieval ? c->retrieval_size : c->cache_size,
+                    recent = retrieval ? c->retrieval_recent : c->cache_recent;
+                int64_t *all = &held[i][kv];
+                *all += n > size ? n - size : 0;
+                double forget = *all > c->horizon ? (double)c->horizon / (double)*all : 1;
+                if (*all > c->horizon) *all = c->horizon;
                 int n_mine = attention_cache_positions(g.a, next, i, kv, mine);
-                int n_want =
-                    reference_choice(c, position[i][kv], error[i][kv], n, (int64_t)b * w, want);
+                int n_want = reference_choice(c, size, recent, position[i][kv], error[i][kv], n,
+                                              (int64_t)b * w, want);
                 assert_int_equal(n_mine, n_want);
                 assert_memory_equal(mine, want, (size_t)n_mine * sizeof *mine);
                 for (int j = 0; j < n; j++) {
@@ -150,11 +156,19 @@ static void check_scores_and_choice(bool per_query_head) {
 
 static void test_scores_and_choice_follow_the_definition(void **state) {
     (void)state;
-    check_scores_and_choice(false);
+    check_scores_and_choice(config(false));
+}
+static void test_retrieval_heads_choose_for_their_own_places(void **state) {
+    (void)state;
+    struct attention_config c = config(false);
+    c.retrieval_size = 33, c.retrieval_recent = 4;
+    check_scores_and_choice(c);
+    c.retrieval_size = 5, c.retrieval_recent = 5;
+    check_scores_and_choice(c);
 }
 static void test_scores_are_summed_over_the_groups_maps(void **state) {
     (void)state;
-    check_scores_and_choice(true);
+    check_scores_and_choice(config(true));
 }
 
 /* Keys without positions repeat where tokens repeat: their scores are the same bits, wherever they
@@ -276,6 +290,7 @@ static void test_keys_move_as_if_one_by_one(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_scores_and_choice_follow_the_definition),
+        cmocka_unit_test(test_retrieval_heads_choose_for_their_own_places),
         cmocka_unit_test(test_scores_are_summed_over_the_groups_maps),
         cmocka_unit_test(test_equal_keys_score_equal_bits_and_the_earlier_stays),
         cmocka_unit_test(test_imposed_sets_are_held_and_later_blocks_choose),

@@ -25,13 +25,15 @@ static struct attention_config small(void) {
                                      .max_distance = 20};
 }
 
-static int configs(struct attention_config out[6]) {
+static int configs(struct attention_config out[7]) {
     int n = 0;
     out[n++] = small();
     out[n] = small();
     out[n++].kv_type = KV_FP32;
     out[n] = small();
     out[n].map_before_rope = false, out[n].max_distance = 0, out[n++].key_map_per_query_head = true;
+    out[n] = small();
+    out[n].retrieval_size = 29, out[n++].retrieval_recent = 3;
     out[n] = small();
     out[n].window = WINDOW_SLIDING, out[n].cache_size = out[n].cache_recent = out[n].cache_age = 0,
     n++;
@@ -66,7 +68,7 @@ static void expect_rows(const struct rig *g, const float *want, const float *got
 static void test_saved_and_loaded_or_forked_anywhere_goes_on_with_the_same_bits(void **state) {
     (void)state;
     enum { N = 60 };
-    struct attention_config kinds[6];
+    struct attention_config kinds[7];
     for (int kind = 0, n_kinds = configs(kinds); kind < n_kinds; kind++) {
         struct rig g;
         rig_open(&g, kinds[kind], 100, N, 1, false);
@@ -114,7 +116,7 @@ static void test_saved_and_loaded_or_forked_anywhere_goes_on_with_the_same_bits(
 static void test_a_reused_slot_remembers_nothing(void **state) {
     (void)state;
     enum { N = 90 };
-    struct attention_config kinds[6];
+    struct attention_config kinds[7];
     for (int kind = 0, n_kinds = configs(kinds); kind < n_kinds; kind++) {
         struct rig g;
         rig_open(&g, kinds[kind], 100, N, 1, false);
@@ -243,7 +245,7 @@ static void test_hostile_states_are_refused_with_a_sentence(void **state) {
 
 static void test_a_softmax_state_is_as_long_as_its_text(void **state) {
     (void)state;
-    struct attention_config kinds[6];
+    struct attention_config kinds[7];
     int n = configs(kinds);
     struct rig g;
     rig_open(&g, kinds[n - 1], 100, 60, 1, false);

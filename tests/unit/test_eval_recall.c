@@ -150,16 +150,16 @@ static void test_texts_too_short_to_add_are_refused(void **state) {
     struct added sums = {0};
     char msg[256];
     /* window 32, 96 places, a sink: linear from block 5 on, 160 tokens */
-    assert_int_equal(added_measure(&sums, m, 16, &o, 2, 0, 1, msg, sizeof msg), ERR_ARG);
+    assert_int_equal(added_measure(&sums, m, &o, 2, 0, 1, msg, sizeof msg), ERR_ARG);
     o.length = 300;
-    if (added_measure(&sums, m, 16, &o, 2, 0, 1, msg, sizeof msg)) fail_msg("%s", msg);
+    if (added_measure(&sums, m, &o, 2, 0, 1, msg, sizeof msg)) fail_msg("%s", msg);
     assert_int_equal(sums.own_alone.asked, 2);
     assert_int_equal(sums.others_alone.asked, 2);
     assert_int_equal(sums.own_joined.asked, 1);
     assert_int_equal(sums.others_joined.asked, 1);
     assert_int_equal(sums.own_added.asked, 2);
     assert_int_equal(sums.others_added.asked, 2);
-    assert_int_equal(added_measure(&sums, m, 16, &o, 1, 0, 1, msg, sizeof msg), ERR_ARG);
+    assert_int_equal(added_measure(&sums, m, &o, 1, 0, 1, msg, sizeof msg), ERR_ARG);
     free((int32_t *)filler.ids);
     model_close(m);
 }
@@ -175,7 +175,7 @@ static void test_the_default_model_recalls_what_was_added(void **state) {
     struct added sums = {0};
     char msg[256];
     for (int set = 0; set < 2; set++)
-        if (added_measure(&sums, m, 128, &o, 2, set, 2, msg, sizeof msg)) fail_msg("%s", msg);
+        if (added_measure(&sums, m, &o, 2, set, 2, msg, sizeof msg)) fail_msg("%s", msg);
     print_message(
         "own: alone %.2f, joined %.2f, added %.2f; others': unread %.2f, joined %.2f, added %.2f\n",
         recalled_digits(&sums.own_alone), recalled_digits(&sums.own_joined),

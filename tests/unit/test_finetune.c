@@ -101,7 +101,8 @@ static void test_any_number_of_threads_makes_the_same_bytes(void **state) {
             assert_int_equal(team_new(&some, threads), OK);
             if (convert_on(some, (const char *const[]){SHORT, "--out", in(outs[threads - 1]),
                                                        "--finetune", methods[m], "--finetune-steps",
-                                                       "3", "--seed", "3", NULL}))
+                                                       "3", "--seed", "3", "--retrieval-heads",
+                                                       "0.2,3.1", "--retrieval-size", "40", NULL}))
                 fail_msg("%s", said);
             team_free(some);
         }
@@ -119,10 +120,11 @@ static void test_any_number_of_threads_makes_the_same_bytes(void **state) {
 
 static void test_an_interruption_in_either_stage_goes_on_to_the_same_bytes(void **state) {
     (void)state;
-    CONVERTED(SHORT, "--out", in("whole"), "--finetune-steps", "4");
+#define FACTS "--retrieval-heads", "1.0,2.3", "--retrieval-size", "40"
+    CONVERTED(SHORT, "--out", in("whole"), "--finetune-steps", "4", FACTS);
     for (int run = 0; run < 6; run++) { /* 2 and 4 steps, one a run */
         convert_interrupt_after(1);
-        int status = CONVERT(SHORT, "--out", in("cut"), "--finetune-steps", "4");
+        int status = CONVERT(SHORT, "--out", in("cut"), "--finetune-steps", "4", FACTS);
         convert_interrupt_after(0);
         bool last = status == 0;
         if (!last) assert_int_equal(status, 130);

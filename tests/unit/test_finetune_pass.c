@@ -55,6 +55,9 @@ struct rig {
     struct pupil_gradients grads;
 };
 
+/* Retrieval heads, where there are any: not the same in both layers. */
+static const bool some_heads[CHECK_L * CHECK_KV] = {[1] = true, [2] = true};
+
 static void rig_new(struct rig *r, const char *type, struct attention_config a, const bool *softmax,
                     bool low_rank, bool full) {
     char msg[300] = "";
@@ -111,6 +114,7 @@ static void rig_new(struct rig *r, const char *type, struct attention_config a, 
     struct pupil_options o = {.base = r->teacher,
                               .attention = &r->attention,
                               .softmax = softmax,
+                              .retrieval = a.retrieval_size ? some_heads : NULL,
                               .rope = r->rope,
                               .team = team,
                               .max_tokens = T + 2,
@@ -180,7 +184,7 @@ static void check_whole(const char *type, struct attention_config a, enum fine_l
     const float *rows;
     assert_int_equal(pupil_read(r.pupil, &r.weights, &r.pack, &rows), OK);
     for (int i = 0; i < c->n_layers; i++) {
-        size_t n = (size_t)(c->n_kv_heads * r.attention.cache_size) *
+        size_t n = (size_t)(c->n_kv_heads * attention_cache_most(&r.attention)) *
                    (size_t)(attention_back_blocks(&r.attention, SECOND) +
                             attention_back_blocks(&r.attention, T - SECOND));
         int64_t *copy = calloc(n + 1, sizeof *copy);
@@ -276,6 +280,15 @@ static void test_gradients_of_low_rank_parts_and_maps_are_those_of_the_definitio
     a.map_before_rope = false;
     a.max_distance = 0;
     a.key_map_per_query_head = true;
+    check("qwen2", a, FINE_NEXT_TOKEN, true, false);
+}
+
+static void test_gradients_with_retrieval_heads_are_those_of_the_definition(void **state) {
+    (void)state;
+    struct attention_config a = terraced();
+    a.retrieval_size = 9, a.retrieval_recent = 2;
+    check("llama", a, FINE_DISTILL, true, false);
+    a.retrieval_size = 2;
     check("qwen2", a, FINE_NEXT_TOKEN, true, false);
 }
 
@@ -541,6 +554,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         IN_FOLDER(test_the_pass_reads_as_the_engine_serves),
         IN_FOLDER(test_gradients_of_low_rank_parts_and_maps_are_those_of_the_definition),
+        IN_FOLDER(test_gradients_with_retrieval_heads_are_those_of_the_definition),
         IN_FOLDER(test_gradients_of_all_weights_are_those_of_the_definition),
         IN_FOLDER(test_gradients_of_lolcats_mixing_are_those_of_the_definition),
         IN_FOLDER(test_gradients_of_other_windows_are_those_of_the_definition),
