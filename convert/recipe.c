@@ -114,7 +114,7 @@ static enum err read_heads(struct recipe *r, const char *list, const struct base
  * for what is recent. */
 static enum err set_retrieval(struct recipe *r, const struct settings *s,
                               const struct base_config *base, char *msg, size_t msg_len) {
-    enum { SIZE = 1024, ONE_IN = 12 };
+    enum { SIZE = 1024, ONE_IN = 12, RECENT = 32 };
     struct attention_config *a = &r->attention;
     int n_heads = base->n_layers * base->n_kv_heads;
     enum err e = OK;
@@ -130,8 +130,9 @@ static enum err set_retrieval(struct recipe *r, const struct settings *s,
     if (!r->n_retrieval) a->retrieval_size = 0;
     a->retrieval_recent = a->retrieval_size / 32;
     a->cache_recent = s->cache_recent >= 0 ? s->cache_recent
-                      : r->n_retrieval     ? a->cache_size * 3 / 4
-                                           : a->cache_size / 4;
+                      : r->n_retrieval         ? a->cache_size * 3 / 4
+                      : a->cache_size < RECENT ? a->cache_size
+                                               : RECENT;
     return OK;
 }
 

@@ -216,11 +216,13 @@ void report_table(FILE *out, const struct report *r) {
     for (int i = 0; i < r->n_readers; i++) {
         if (i && r->readers[i].model == r->readers[i - 1].model) continue;
         const struct model_info *info = model_info(r->readers[i].model);
-        fprintf(out, "%s: %s, weights %s, exact keys %s, cache %d%s\n", r->readers[i].name,
+        fprintf(out, "%s: %s, weights %s, exact keys %s, cache %d", r->readers[i].name,
                 info->attention.kind == ATTENTION_SOFTMAX ? "softmax" : "hedgehog",
                 weight_type_name(info->weights),
-                info->attention.kv_type == KV_FP32 ? "fp32" : "bf16", info->attention.cache_size,
-                is_base(r, i) ? " (the others are compared with it)" : "");
+                info->attention.kv_type == KV_FP32 ? "fp32" : "bf16", info->attention.cache_size);
+        if (info->attention.retrieval_size)
+            fprintf(out, ", %d in retrieval heads", info->attention.retrieval_size);
+        fprintf(out, "%s\n", is_base(r, i) ? " (the others are compared with it)" : "");
     }
     if (r->texts) fprintf(out, "text: %s\n", r->texts);
     if (r->has_perplexity) table_perplexity(out, r);

@@ -236,6 +236,9 @@ static void head(struct html *h, const cJSON *document) {
             html_put(h, ", sinks %.0f", sheet_number(model, "attention.sinks"));
         if (isfinite(sheet_number(model, "attention.cache.size")))
             html_put(h, ", recall cache %.0f", sheet_number(model, "attention.cache.size"));
+        if (isfinite(sheet_number(model, "attention.cache.retrieval.size")))
+            html_put(h, " (%.0f in retrieval heads)",
+                     sheet_number(model, "attention.cache.retrieval.size"));
         if (isfinite(sheet_number(model, "attention.horizon")))
             html_put(h, ", horizon %.0f", sheet_number(model, "attention.horizon"));
         html_put(h, ". ");
