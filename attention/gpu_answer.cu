@@ -23,8 +23,8 @@ static __global__ void __launch_bounds__(ANSWER_THREADS, 4)
     }
     ask.position = segment.position + r;
     ask.place = place_of(s, segment.slot, layer.layer, head / s.group);
-    ask.view = view_of(s, ask.place.positions, ask.position);
-    ask.linear = folded_keys(s, ask.position) > 0;
+    ask.view = view_of(s, ask.place, ask.position);
+    ask.linear = folded_keys(s, ask.place.cache, ask.position) > 0;
     answer_rows<ROWS>(s, layer, rows, ask, shared);
 }
 

@@ -101,7 +101,7 @@ DEVICE void project_queries(const gpu_shape &s, const gpu_layer &layer, int head
 /* The first row of the question that sees an entry; n_rows: none does. */
 DEVICE int first_that_sees(const gpu_shape &s, const answer_question &ask, int entry) {
     if (sees(s, ask.view, entry)) return 0;
-    int later = entry - own_entry(s, ask.position);
+    int later = entry - own_entry(s, ask.place.cache, ask.position);
     return later > 0 && later < ask.n_rows ? later : ask.n_rows;
 }
 
@@ -220,7 +220,7 @@ DEVICE void answer_rows(const gpu_shape &s, const gpu_layer &layer, const gpu_ro
     const uint16_t *S = plane_hi(s, ask.place, state);
     const float *z = normaliser(s, ask.place, state);
     float factor = 1 / sqrtf((float)s.head_dim);
-    gpu_view last = view_of(s, ask.place.positions, ask.position + ask.n_rows - 1);
+    gpu_view last = view_of(s, ask.place, ask.position + ask.n_rows - 1);
     int end = entries_end(s, last);
 
     load_queries(s, rows, ask, m, ROWS);

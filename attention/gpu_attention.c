@@ -47,45 +47,25 @@ static struct gpu_shape shape_of(const struct attention *twin, bool exact) {
         .kv_bf16 = c->kv_type == KV_BF16,
         .window_size = c->window_size,
         .sinks = c->sinks,
-        .cache = c->cache_size,
         .ring = l->ring,
-        .entries = l->entries,
-        .tiles = l->tiles,
-        .cache_recent = c->cache_recent,
         .cache_age = c->cache_age,
+        .most_cache = l->most_cache,
+        .most_entries = l->entries,
         .horizon = c->horizon,
         .max_distance = c->max_distance,
         .max_seq_len = c->max_seq_len,
         .map_before_rope = c->map_before_rope,
         .rope = twin->rope != NULL,
+        .turned = l->turned != l->keys,
         .exact = exact,
         .slot_stride = gpu_attention_slot_bytes(twin),
-        .states = l->states,
-        .keys = l->keys,
-        .values = l->values,
-        .positions = l->positions,
-        .turned = l->turned,
         .S_floats = l->S_floats,
         .state_floats = l->state_floats,
-        .keys_bytes = twin->rooms[0].keys_bytes,
-        .values_bytes = twin->rooms[0].values_bytes,
     };
 }
 
-/* A slot of one layer. */
-static struct gpu_shape snapshot_of(const struct gpu_shape *slot) {
-    struct gpu_shape s = *slot;
-    size_t heads = (size_t)s.n_kv_heads;
-    s.states = 0;
-    s.keys = heads * s.state_heads * s.state_floats * sizeof(float);
-    s.values = s.keys + heads * s.keys_bytes;
-    s.positions = s.values + heads * s.values_bytes;
-    s.turned = s.keys;
-    s.slot_stride = align(s.positions + heads * s.cache * sizeof(int64_t));
-    if (slot->turned == slot->keys) return s;
-    s.turned = s.slot_stride;
-    s.slot_stride = align(s.turned + heads * s.keys_bytes);
-    return s;
+static size_t all_heads(const struct attention *twin) {
+    return (size_t)twin->n_layers * twin->config.n_kv_heads;
 }
 
 size_t gpu_attention_slot_bytes(const struct attention *twin) {
@@ -114,10 +94,12 @@ static void set_sizes(struct gpu_attention *a, int max_rows, int max_runs) {
     int w = a->shape.window_size;
     a->max_segments = max_rows / w + 2 * max_runs;
     if (a->max_segments > max_rows) a->max_segments = max_rows;
-    a->snapshot = snapshot_of(&a->shape);
+    a->snapshot = a->shape;
+    a->snapshot.slot_stride =
+        gpu_rooms_of_snapshots(&a->shape, a->n_layers, a->rooms, a->rooms + all_heads(a->twin));
     /* a step's prompts, or all layers of a few rows that begin a block */
     size_t few = (size_t)a->n_layers * (size_t)(max_runs < 8 ? max_runs : 8),
-           cache = a->shape.cache;
+           cache = a->shape.most_cache;
     size_t blocks = (size_t)a->max_segments, keys = max_rows + max_runs * (cache + 2 * w);
     a->n_snapshots =
         fitting(blocks > few ? blocks : few, a->snapshot.slot_stride, SNAPSHOTS_MOST, 1);
@@ -203,8 +185,9 @@ static const float *place_parameter(struct gpu_attention *a, char **at, const fl
 }
 
 static enum err place_parameters(struct gpu_attention *a) {
-    size_t half = (size_t)a->shape.head_dim / 2;
+    size_t half = (size_t)a->shape.head_dim / 2, heads = all_heads(a->twin);
     enum err e = allocate(a, &a->parameters, parameter_bytes(a));
+    if (!e) e = allocate(a, &a->rooms_at, 2 * heads * sizeof *a->rooms);
     if (!e) e = allocate(a, &a->layers_at, (size_t)a->n_layers * sizeof *a->layers);
     if (!e && a->shape.rope) e = allocate(a, &a->theta, half * sizeof *a->theta);
     if (!e && a->shape.max_distance)
@@ -230,6 +213,9 @@ static enum err place_parameters(struct gpu_attention *a) {
         gpu_upload(a->gpu, a->far_angles, a->twin->far_cosines, half * sizeof(float));
         gpu_upload(a->gpu, a->far_angles + half, a->twin->far_sines, half * sizeof(float));
     }
+    gpu_upload(a->gpu, a->rooms_at, a->rooms, 2 * heads * sizeof *a->rooms);
+    a->shape.rooms = a->rooms_at;
+    a->snapshot.rooms = a->rooms_at + heads;
     a->shape.theta = a->snapshot.theta = a->theta;
     return OK;
 }
@@ -276,11 +262,18 @@ enum err gpu_attention_new(struct gpu_attention **out, struct gpu *g, struct att
                            size_t msg_len) {
     if (n_slots < 1 || max_rows < 1 || max_runs < 1) return ERR_ARG;
     struct gpu_attention *a = calloc(1, sizeof *a);
-    if (!a) return err_set(msg, msg_len, ERR_NOMEM, "no memory for attention");
+    struct gpu_room *rooms = calloc(2 * all_heads(twin), sizeof *rooms);
+    if (!a || !rooms) {
+        free(a);
+        free(rooms);
+        return err_set(msg, msg_len, ERR_NOMEM, "no memory for attention");
+    }
     a->gpu = g;
     a->twin = twin;
     a->n_slots = n_slots;
     a->shape = shape_of(twin, exact);
+    a->rooms = rooms;
+    gpu_rooms_of_slots(twin, rooms);
     set_sizes(a, max_rows, max_runs);
     a->positions = calloc((size_t)n_slots, sizeof *a->positions);
     a->layers = calloc((size_t)a->n_layers, sizeof *a->layers);
@@ -291,7 +284,7 @@ enum err gpu_attention_new(struct gpu_attention **out, struct gpu *g, struct att
     if (fits && a->positions && a->layers && a->waves && a->groups) e = place_all_but_slots(a);
     if (!fits)
         err_set(msg, msg_len, e, "an attention cache of %d entries is too large for the device",
-                a->shape.cache);
+                a->shape.most_cache);
     else if (e)
         err_set(msg, msg_len, e, "no memory for attention beside its sequences");
     else
@@ -316,6 +309,7 @@ void gpu_attention_free(struct gpu_attention *a) {
     free_plan(a, &a->prompt);
     gpu_release(a->gpu, a->parameters);
     gpu_release(a->gpu, a->layers_at);
+    gpu_release(a->gpu, a->rooms_at);
     gpu_release(a->gpu, a->theta);
     gpu_release(a->gpu, a->far_angles);
     gpu_release(a->gpu, a->scratch);
@@ -329,6 +323,7 @@ void gpu_attention_free(struct gpu_attention *a) {
     gpu_host_release(a->gpu, a->host);
     free(a->positions);
     free(a->layers);
+    free(a->rooms);
     free(a->waves);
     free(a->groups);
     free(a);
@@ -375,7 +370,7 @@ static struct gpu_chain chain_of(const struct gpu_attention *a, const struct gpu
 /* Row i, which is the first of a block, as a piece of its own that begins the block and reads
  * nothing; room for `together` of them at once. */
 static void plan_beginning(struct gpu_attention *a, int i, int together, struct gpu_segment row) {
-    int w = a->shape.window_size, at = i % together, keys = a->shape.cache + w;
+    int w = a->shape.window_size, at = i % together, keys = a->shape.most_cache + w;
     row.n_rows = 0;
     a->generated.pieces[i] = (struct gpu_piece){
         .slot = row.slot,
@@ -391,7 +386,7 @@ static void plan_beginning(struct gpu_attention *a, int i, int together, struct 
 
 static void begin_blocks(struct gpu_attention *a, int n, int layers, int together) {
     static const struct gpu_rows none;
-    int keys = a->shape.cache + a->shape.window_size;
+    int keys = a->shape.most_cache + a->shape.window_size;
     struct gpu_chain c = chain_of(a, &a->generated);
     for (int i = 0; i < n; i += together)
         for (int l = 0; l < a->n_layers; l += layers) {
@@ -416,7 +411,7 @@ void gpu_attention_generated_begin(struct gpu_attention *a, const int *slots, in
     a->n_generated = n;
     int layers = 0, together = 0, n_begin = 0;
     if (gpu_has_blocks(a)) {
-        int room = a->max_keys / (a->shape.cache + a->shape.window_size);
+        int room = a->max_keys / (a->shape.most_cache + a->shape.window_size);
         if (room > a->n_snapshots) room = a->n_snapshots;
         layers = room < a->n_layers ? room : a->n_layers;
         together = room / layers;
@@ -491,11 +486,11 @@ void gpu_attention_prompt_begin(struct gpu_attention *a, const struct gpu_attent
                       plan->sines);
 }
 
-static void answer(struct gpu_attention *a, const struct gpu_shape *shape, struct gpu_layer layer,
-                   const struct gpu_segment *segments, int n, int longest,
-                   const struct gpu_rows *rows) {
-    if (!gpu_launch_prefill(a->gpu, shape, &layer, segments, n, longest, rows))
-        gpu_launch_answer(a->gpu, shape, &layer, segments, n, longest, rows);
+static void answer(struct gpu_attention *a, const struct gpu_shape *shape,
+                   const struct gpu_layer *layer, const struct gpu_segment *segments, int n,
+                   int longest, const struct gpu_rows *rows) {
+    if (!gpu_launch_prefill(a->gpu, shape, layer, segments, n, longest, rows))
+        gpu_launch_answer(a->gpu, shape, layer, segments, n, longest, rows);
 }
 
 /* Blocks begin, and each leaves a snapshot; the slots are as after the last row. */
@@ -521,21 +516,20 @@ void gpu_attention_prompt_layer(struct gpu_attention *a, int layer,
                                 const struct gpu_attention_rows *rows) {
     const struct gpu_segment *runs = a->prompt.segments_at;
     struct gpu_rows r = rows_with_angles(a, rows, &a->prompt);
+    const struct gpu_layer *l = &a->layers[layer];
     if (row_by_row(a->twin)) {
-        gpu_launch_row_by_row(a->gpu, &a->shape, &a->layers[layer], runs, a->n_runs, &r);
+        gpu_launch_row_by_row(a->gpu, &a->shape, l, runs, a->n_runs, &r);
         return;
     }
-    struct gpu_layer only = a->layers[layer]; /* of a snapshot */
-    only.layer = 0;
     for (int i = 0; i < a->n_groups; i++) {
         const struct gpu_group *g = &a->groups[i];
         const struct gpu_segment *segments = runs + a->max_runs + g->block;
         if (g->chained) {
             chain_blocks(a, g, layer, &r);
-            answer(a, &a->snapshot, only, segments, g->n_blocks, g->longest, &r);
+            answer(a, &a->snapshot, l, segments, g->n_blocks, g->longest, &r);
         } else {
             gpu_launch_store(a->gpu, &a->shape, layer, segments, g->n_blocks, g->longest, &r);
-            answer(a, &a->shape, a->layers[layer], segments, g->n_blocks, g->longest, &r);
+            answer(a, &a->shape, l, segments, g->n_blocks, g->longest, &r);
         }
     }
 }

@@ -37,9 +37,10 @@ static __global__ void __launch_bounds__(CHAIN_THREADS) prepare_kernel(gpu_chain
     int index = (int)blockIdx.z % c.n_layers, kv_head = (int)blockIdx.y;
     gpu_piece piece = c.pieces[blockIdx.z / c.n_layers];
     int state = (int)blockIdx.x % s.state_heads, first = (int)blockIdx.x / s.state_heads * KEY_TILE;
-    int end = first + KEY_TILE < piece.n_keys ? first + KEY_TILE : piece.n_keys;
-    if (first >= end) return;
     gpu_place slot = place_of(s, piece.slot, c.first_layer + index, kv_head);
+    int n_keys = piece.n_keys - (s.most_cache - slot.cache); /* of this head */
+    int end = first + KEY_TILE < n_keys ? first + KEY_TILE : n_keys;
+    if (first >= end) return;
     const gpu_layer &layer = c.layers[c.first_layer + index];
     size_t head = (size_t)kv_head * s.state_heads + state;
     const float *map = layer.map_k + head * s.head_dim * s.f_lanes;
@@ -54,8 +55,7 @@ static __global__ void __launch_bounds__(CHAIN_THREADS) prepare_kernel(gpu_chain
                 int j = first + i / D_STEP, d = d0 + i % D_STEP;
                 float x = 0;
                 if (j < end && d < s.head_dim)
-                    x = key_element(s, slot, rows, source_of(s, piece, slot.positions, j), kv_head,
-                                    d);
+                    x = key_element(s, slot, rows, source_of(s, piece, slot, j), kv_head, d);
                 keys[i % D_STEP][i / D_STEP] = x;
             }
             for (int i = threadIdx.x; i < MAP_COLUMNS * D_STEP; i += CHAIN_THREADS) {
@@ -91,7 +91,7 @@ static __global__ void __launch_bounds__(CHAIN_THREADS) prepare_kernel(gpu_chain
     float *values = chain_values(c, piece, index, kv_head);
     for (int i = threadIdx.x; i < (end - first) * s.lanes; i += CHAIN_THREADS) {
         int j = first + i / s.lanes, d = i % s.lanes;
-        key_source from = source_of(s, piece, slot.positions, j);
+        key_source from = source_of(s, piece, slot, j);
         values[(size_t)j * s.lanes + d] = value_element(s, slot, rows, from, kv_head, d);
     }
 }
@@ -111,7 +111,7 @@ static size_t tiles_of(const gpu_shape *s) {
     return (size_t)s->lanes / CHAIN_COLUMNS;
 }
 static size_t candidates_of(const gpu_shape *s) {
-    return (size_t)s->cache + s->window_size;
+    return (size_t)s->most_cache + s->window_size;
 }
 
 extern "C" size_t gpu_chain_phi_bytes(const struct gpu_shape *s) {
@@ -125,7 +125,7 @@ extern "C" size_t gpu_chain_error_bytes(const struct gpu_shape *s) {
            sizeof(float);
 }
 extern "C" size_t gpu_chain_list_bytes(const struct gpu_shape *s) {
-    return (size_t)s->n_kv_heads * (s->cache + 1) * sizeof(int);
+    return (size_t)s->n_kv_heads * (s->most_cache + 1) * sizeof(int);
 }
 
 /* ---- shared memory of a wave ---- */
@@ -138,7 +138,7 @@ struct wave_shared {
 
 static size_t wave_bytes(const gpu_shape &s) {
     return (2 * STAGE + (size_t)s.phi_lanes * (CHAIN_COLUMNS + 1)) * sizeof(float) +
-           choice_bytes(s.cache + s.window_size);
+           choice_bytes(s.most_cache + s.window_size);
 }
 
 extern "C" bool gpu_chain_fits(const struct gpu_info *device, const struct gpu_shape *shape) {
@@ -304,7 +304,8 @@ static __global__ void __launch_bounds__(CHAIN_THREADS, 2)
     t.lanes = s.lanes;
     gpu_place from = u.slot;
     if (u.block.previous >= 0)
-        from = place_of(c.snapshot, u.index * c.n_blocks + u.block.previous, 0, u.kv_head);
+        from = place_of(c.snapshot, u.index * c.n_blocks + u.block.previous,
+                        c.first_layer + u.index, u.kv_head);
     const uint16_t *planes = plane_hi(s, from, state);
     const float *z_before = normaliser(s, from, state);
     uint16_t *planes_after = plane_hi(s, u.here, state);
@@ -359,7 +360,7 @@ static void launch_wave(struct gpu *g, const gpu_chain *c, int first, int n, int
 }
 
 extern "C" void gpu_launch_recall(struct gpu *g, const struct gpu_chain *chain, int n_blocks) {
-    if (chain->shape.cache) launch_wave(g, chain, 0, n_blocks, 0, true);
+    if (chain->shape.most_cache) launch_wave(g, chain, 0, n_blocks, 0, true);
 }
 
 extern "C" void gpu_launch_wave(struct gpu *g, const struct gpu_chain *chain, int wave,

@@ -18,25 +18,26 @@ struct key_source {
     int64_t position;
 };
 
-DEVICE key_source source_at(const gpu_shape &s, const gpu_piece &piece, int64_t position) {
+DEVICE key_source source_at(const gpu_shape &s, const gpu_piece &piece, const gpu_place &slot,
+                            int64_t position) {
     key_source from = {-1, -1, position};
     if (position < piece.position)
-        from.entry = own_entry(s, position);
+        from.entry = own_entry(s, slot.cache, position);
     else
         from.row = piece.first_row + (int)(position - piece.position);
     return from;
 }
 
-DEVICE key_source source_of(const gpu_shape &s, const gpu_piece &piece, const int64_t *positions,
+DEVICE key_source source_of(const gpu_shape &s, const gpu_piece &piece, const gpu_place &slot,
                             int key) {
-    if (key >= s.cache) return source_at(s, piece, piece.oldest + key - s.cache);
-    key_source from = {s.sinks + key, -1, positions[key]};
+    if (key >= slot.cache) return source_at(s, piece, slot, piece.oldest + key - slot.cache);
+    key_source from = {s.sinks + key, -1, slot.positions[key]};
     return from;
 }
 
 /* The number of the key at a position that is not the cache's. */
-DEVICE int key_number(const gpu_shape &s, const gpu_piece &piece, int64_t position) {
-    return s.cache + (int)(position - piece.oldest);
+DEVICE int key_number(const gpu_piece &piece, const gpu_place &slot, int64_t position) {
+    return slot.cache + (int)(position - piece.oldest);
 }
 
 DEVICE float row_key(const gpu_shape &s, const gpu_rows &rows, int row, int kv_head, int d,
@@ -79,11 +80,11 @@ struct chain_unit { /* one layer, kv head and block */
     gpu_block block;
     gpu_piece piece;
     gpu_place slot, here; /* as it was found; this block's snapshot */
-    int *list; /* keys of the cache in this block, ascending positions; how many at [cache] */
+    int *list; /* keys of the cache in this block, ascending positions; how many at [most_cache] */
 };
 
 DEVICE int *chain_list(const gpu_chain &c, int snapshot, int kv_head) {
-    return c.lists + ((size_t)snapshot * c.shape.n_kv_heads + kv_head) * (c.shape.cache + 1);
+    return c.lists + ((size_t)snapshot * c.shape.n_kv_heads + kv_head) * (c.shape.most_cache + 1);
 }
 
 DEVICE chain_unit chain_unit_at(const gpu_chain &c, int block, int index, int kv_head) {
@@ -94,7 +95,7 @@ DEVICE chain_unit chain_unit_at(const gpu_chain &c, int block, int index, int kv
     u.block = c.blocks[block];
     u.piece = c.pieces[u.block.piece];
     u.slot = place_of(c.shape, u.piece.slot, c.first_layer + index, kv_head);
-    u.here = place_of(c.snapshot, u.snapshot, 0, kv_head);
+    u.here = place_of(c.snapshot, u.snapshot, c.first_layer + index, kv_head);
     u.list = chain_list(c, u.snapshot, kv_head);
     return u;
 }
@@ -115,7 +116,8 @@ DEVICE float *chain_values(const gpu_chain &c, const gpu_piece &piece, int index
  * them. */
 DEVICE float *chain_errors(const gpu_chain &c, int turn, int piece, int index, int kv_head,
                            int state, int tile) {
-    int tiles = c.shape.lanes / CHAIN_COLUMNS, candidates = c.shape.cache + c.shape.window_size;
+    int tiles = c.shape.lanes / CHAIN_COLUMNS,
+        candidates = c.shape.most_cache + c.shape.window_size;
     size_t head =
         (((size_t)turn * c.n_layers + index) * c.n_pieces + piece) * c.shape.n_kv_heads + kv_head;
     return c.errors + ((head * c.shape.state_heads + state) * tiles + tile) * (size_t)candidates;

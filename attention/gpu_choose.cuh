@@ -27,7 +27,7 @@ static inline size_t choice_bytes(int candidates) {
 }
 
 DEVICE choice_shared choice_shared_at(const gpu_shape &s, void *at) { /* 16-byte aligned */
-    int n = (s.cache + s.window_size + 6) / 4 * 4; /* scores end in up to three -1 */
+    int n = (s.most_cache + s.window_size + 6) / 4 * 4; /* scores end in up to three -1 */
     choice_shared m;
     m.age = (double *)at;
     m.score = (int64_t *)(m.age + n);
@@ -46,17 +46,18 @@ DEVICE int keys_before(const gpu_chain &c, const chain_unit &u, const choice_sha
     const gpu_shape &s = c.shape;
     if (u.block.previous >= 0) {
         const int *list = chain_list(c, u.index * c.n_blocks + u.block.previous, u.kv_head);
-        int n = list[s.cache];
+        int n = list[s.most_cache];
         for (int i = threadIdx.x; i < n; i += CHAIN_THREADS)
             m.key[i] = list[i];
         return n;
     }
     const int64_t *positions = u.slot.positions; /* those before the first -1 */
+    int cache = u.slot.cache;
     if (threadIdx.x == 0) *m.count = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < s.cache; i += CHAIN_THREADS) {
+    for (int i = threadIdx.x; i < cache; i += CHAIN_THREADS) {
         m.key[i] = i;
-        if (positions[i] >= 0 && (i + 1 == s.cache || positions[i + 1] < 0)) *m.count = i + 1;
+        if (positions[i] >= 0 && (i + 1 == cache || positions[i + 1] < 0)) *m.count = i + 1;
     }
     __syncthreads();
     return *m.count;
@@ -67,7 +68,7 @@ DEVICE int keys_before(const gpu_chain &c, const chain_unit &u, const choice_sha
 DEVICE int add_block(const gpu_shape &s, const chain_unit &u, int64_t b, int *key, int n) {
     int64_t start = (b - 2) * s.window_size;
     int skip = b == 2 ? s.sinks : 0, more = s.window_size - skip;
-    int first = key_number(s, u.piece, start + skip);
+    int first = key_number(u.piece, u.slot, start + skip);
     for (int i = threadIdx.x; i < more; i += CHAIN_THREADS)
         key[n + i] = first + i;
     return n + more;
@@ -130,8 +131,8 @@ DEVICE bool is_kept(const unsigned *kept, int j) {
 }
 
 /* Of those that error alone does not keep, the first by error and age. */
-DEVICE void choose_recent(const gpu_shape &s, int n, const choice_shared &m) {
-    int *rest = m.folded, n_rest = n - (s.cache - s.cache_recent);
+DEVICE void choose_recent(int by_error, int recent, int n, const choice_shared &m) {
+    int *rest = m.folded, n_rest = n - by_error;
     for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
         m.rank[j] = 0;
         if (is_kept(m.kept, j)) continue;
@@ -145,7 +146,7 @@ DEVICE void choose_recent(const gpu_shape &s, int n, const choice_shared &m) {
     rank_scores(m.score, n_rest, m.rank);
     __syncthreads();
     for (int r = threadIdx.x; r < n_rest; r += CHAIN_THREADS)
-        if (m.rank[r] < s.cache_recent) atomicAdd(&m.kept[rest[r] / 32], 1u << rest[r] % 32);
+        if (m.rank[r] < recent) atomicAdd(&m.kept[rest[r] / 32], 1u << rest[r] % 32);
     __syncthreads();
 }
 
@@ -154,21 +155,22 @@ DEVICE void choose_recent(const gpu_shape &s, int n, const choice_shared &m) {
 DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b, int n,
                    const choice_shared &m) {
     const gpu_shape &s = c.shape;
+    int recent = u.slot.recent, by_error = u.slot.cache - recent;
     const float *errors = chain_errors(c, turn, u.block.piece, u.index, u.kv_head, 0, 0);
     for (int j = threadIdx.x; j < n;
          j += CHAIN_THREADS) { /* what takes long is under way at once */
         int64_t position = 0;
-        if (s.cache_recent) position = source_of(s, u.piece, u.slot.positions, m.key[j]).position;
+        if (recent) position = source_of(s, u.piece, u.slot, m.key[j]).position;
         const float *at = errors + j;
         float error = 0;
         for (int h = 0; h < s.state_heads; h++) {
             float head = 0;
 #pragma unroll 8
-            for (int t = 0; t < s.lanes / CHAIN_COLUMNS; t++, at += s.cache + s.window_size)
+            for (int t = 0; t < s.lanes / CHAIN_COLUMNS; t++, at += s.most_cache + s.window_size)
                 head += *at;
             error += head;
         }
-        if (s.cache_recent) m.age[j] = 1 + (double)(b * s.window_size - position) / s.cache_age;
+        if (recent) m.age[j] = 1 + (double)(b * s.window_size - position) / s.cache_age;
         /* what overflows is not recalled at all */
         m.error[j] = (int)as_bits(isnan(error) ? INFINITY : error);
         m.rank[j] = 0;
@@ -178,12 +180,12 @@ DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b,
     rank_scores(m.error, n, m.rank);
     __syncthreads();
     for (int j = threadIdx.x; j < (n + 31) / 32 * 32; j += CHAIN_THREADS) { /* whole warps */
-        bool keep = j < n && m.rank[j] < s.cache - s.cache_recent;
+        bool keep = j < n && m.rank[j] < by_error;
         unsigned bits = __ballot_sync(0xffffffffu, keep);
         if (j % 32 == 0) m.kept[j / 32] = bits;
     }
     __syncthreads();
-    if (s.cache_recent) choose_recent(s, n, m);
+    if (recent) choose_recent(by_error, recent, n, m);
     for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
         int before = kept_before(m.kept, j);
         if (is_kept(m.kept, j))
@@ -204,30 +206,30 @@ DEVICE chosen choose_keys(const gpu_chain &c, const chain_unit &u, int turn, boo
                           bool lists, const choice_shared &m) {
     const gpu_shape &s = c.shape;
     int64_t start = u.block.segment.position, b = start / s.window_size;
-    int n = keys_before(c, u, m), n_kept = n;
+    int n = keys_before(c, u, m), n_kept = n, cache = u.slot.cache;
     chosen to = {0, 0, false, 1};
     if (u.block.begins && !before) n = add_block(s, u, b, m.key, n);
     __syncthreads();
-    if (u.block.begins && !before && n > s.cache && s.cache) {
-        n_kept = s.cache;
+    if (u.block.begins && !before && n > cache && cache) {
+        n_kept = cache;
         choose(c, u, turn, b, n, m);
     } else {
-        n_kept = n > s.cache ? 0 : n;
+        n_kept = n > cache ? 0 : n;
         for (int i = threadIdx.x; i < n; i += CHAIN_THREADS)
-            (n > s.cache ? m.folded : m.next)[i] = m.key[i];
+            (n > cache ? m.folded : m.next)[i] = m.key[i];
     }
     to.n_folded = n - n_kept;
     if (to.n_folded)
-        to.forget = forgetting(s, folded_keys(s, start / s.window_size * s.window_size - 1),
-                               folded_keys(s, start / s.window_size * s.window_size));
+        to.forget = forgetting(s, folded_keys(s, cache, start / s.window_size * s.window_size - 1),
+                               folded_keys(s, cache, start / s.window_size * s.window_size));
     to.n_next = n_kept;
     if (before || u.block.more) to.n_next = add_block(s, u, before ? b : b + 1, m.next, n_kept);
-    to.scoring = (before || u.block.more) && to.n_next > s.cache && s.cache > 0;
+    to.scoring = (before || u.block.more) && to.n_next > cache && cache > 0;
     __syncthreads();
     if (!lists) return to;
     for (int i = threadIdx.x; i < n_kept; i += CHAIN_THREADS)
         u.list[i] = m.next[i];
-    if (threadIdx.x == 0) u.list[s.cache] = n_kept;
+    if (threadIdx.x == 0) u.list[s.most_cache] = n_kept;
     return to;
 }
 

@@ -406,9 +406,10 @@ static __global__ void __launch_bounds__(DECODE_THREADS, (decode_sizes<D, SOFTMA
 
     for (int i = threadIdx.x; j.store && i < n * D; i += DECODE_THREADS) {
         gpu_segment segment = j.segments[first + i / D];
-        if (segment.slot >= 0 && has_own_key(j, segment.position, split))
-            store_element(j.s, place_of(j.s, segment.slot, j.layer.layer, kv_head), j.rows,
-                          segment.first_row, kv_head, own_entry(j.s, segment.position), i % D);
+        if (segment.slot < 0 || !has_own_key(j, segment.position, split)) continue;
+        gpu_place place = place_of(j.s, segment.slot, j.layer.layer, kv_head);
+        store_element(j.s, place, j.rows, segment.first_row, kv_head,
+                      own_entry(j.s, place.cache, segment.position), i % D);
     }
     if ((int)threadIdx.x < n)
         open_unit(j, first + (int)threadIdx.x, kv_head, split, units[threadIdx.x]);
@@ -446,10 +447,14 @@ static __global__ void __launch_bounds__(DECODE_THREADS, (decode_sizes<D, SOFTMA
 
 /* ---- launch ---- */
 
+int most_tiles(const gpu_shape &s) {
+    return (s.most_entries + 15) / 16;
+}
+
 bool decode_takes(const gpu_shape &s) {
     bool hedgehog = s.kind == ATTENTION_HEDGEHOG && s.window == WINDOW_TERRACED &&
                     s.features % 32 == 0 && s.features <= 256 && s.features == 2 * s.f &&
-                    s.f == s.f_lanes && s.tiles <= TERRACED_TILES;
+                    s.f == s.f_lanes && most_tiles(s) <= TERRACED_TILES;
     return (hedgehog || (s.kind == ATTENTION_SOFTMAX)) && (s.head_dim == 64 || s.head_dim == 128) &&
            s.kv_bf16 && !s.exact && s.group <= MAX_GROUP &&
            (s.state_heads == 1 || s.state_heads == s.group);
@@ -466,7 +471,7 @@ template <int D, bool SOFTMAX> static void launch(struct gpu *g, decode_job &j) 
     };
     size_t F = SOFTMAX ? 0 : (size_t)s.features, group = (size_t)s.group;
     j.piece_tiles = SOFTMAX ? SOFTMAX_TILES : TERRACED_TILES;
-    j.pitch = 16 * (s.tiles < j.piece_tiles ? s.tiles : j.piece_tiles);
+    j.pitch = 16 * (most_tiles(s) < j.piece_tiles ? most_tiles(s) : j.piece_tiles);
     size_t work = group * j.pitch; /* floats */
     if (work < 4 * group * D) work = 4 * group * D;
     if (work < PROJECTION_PARTS * group * F / 2) work = PROJECTION_PARTS * group * F / 2;

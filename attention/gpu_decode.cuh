@@ -48,6 +48,7 @@ struct decode_job {
 /* gpu_decode.cu: is this a shape for it?  Launches the kernel; units, piece_tiles and at are set
  * there. */
 bool decode_takes(const gpu_shape &s);
+int most_tiles(const gpu_shape &s); /* of any head */
 void decode_launch(struct gpu *g, decode_job job);
 
 /* What one row sees: the arithmetic of view_of() by position alone, but for what `cached` says. */
@@ -57,7 +58,7 @@ struct decode_unit {
     int64_t position;
     int segment, row, slot;
     int sinks, cached, half[2]; /* as gpu_view; cached at most so many until the cache is read */
-    int clamped;
+    int cache, clamped;
     int first[3],
         upto[3]; /* tiles in sight, numbered from 0: those before upto[k] are first[k] .. */
     int stretch; /* softmax: tiles of other blocks after every SOFTMAX_TILES */
@@ -65,7 +66,7 @@ struct decode_unit {
 };
 
 DEVICE void open_ranges(const gpu_shape &s, decode_unit &u) {
-    int ring = s.sinks + s.cache, seen = 0, end = 0;
+    int ring = s.sinks + u.cache, seen = 0, end = 0;
     int from[3] = {0, ring, ring + half_size(s)},
         to[3] = {u.sinks + u.cached, ring + u.half[0], ring + half_size(s) + u.half[1]};
     for (int k = 0; k < 3; k++) {
@@ -99,7 +100,7 @@ DEVICE void open_unit(const decode_job &j, int i, int kv_head, int split, decode
     u.row = segment.first_row;
     u.slot = segment.slot;
     u.position = segment.position;
-    u.sinks = u.cached = u.half[0] = u.half[1] = u.clamped = 0;
+    u.sinks = u.cached = u.half[0] = u.half[1] = u.cache = u.clamped = 0;
     u.stretch = u.n_tiles = u.n_pieces = u.linear = 0;
     if (u.slot < 0 || u.position < 0) {
         u.slot = -1;
@@ -110,6 +111,7 @@ DEVICE void open_unit(const decode_job &j, int i, int kv_head, int split, decode
     u.values = place.values;
     u.states = place.states;
     u.positions = place.positions;
+    u.cache = place.cache;
     if (is_softmax(s)) {
         int tiles = (int)(u.position / 16) + 1, pieces = (int)softmax_pieces(u.position);
         u.half[0] = (int)u.position + 1;
@@ -124,10 +126,10 @@ DEVICE void open_unit(const decode_job &j, int i, int kv_head, int split, decode
     int64_t w = s.window_size, block = u.position / w, left = (block - 1) * w - s.sinks;
     int now = (int)(block % 2);
     u.sinks = block >= 2 ? s.sinks : 0;
-    u.cached = left <= 0 ? 0 : left < s.cache ? (int)left : s.cache;
+    u.cached = left <= 0 ? 0 : left < u.cache ? (int)left : u.cache;
     u.half[now] = (int)(u.position % w) + 1;
     u.half[1 - now] = block >= 1 ? (int)w : 0;
-    u.linear = folded_keys(s, u.position) > 0;
+    u.linear = folded_keys(s, u.cache, u.position) > 0;
     open_ranges(s, u);
     u.n_pieces = 1;
 }
@@ -139,7 +141,7 @@ DEVICE int tile_of(const decode_unit &u, int i) {
 }
 
 DEVICE bool is_seen(const gpu_shape &s, const decode_unit &u, int entry) {
-    gpu_view v = {u.sinks, u.cached, {u.half[0], u.half[1]}, 0};
+    gpu_view v = {u.sinks, u.cached, {u.half[0], u.half[1]}, u.cache, 0};
     return sees(s, v, entry);
 }
 
@@ -182,7 +184,7 @@ DEVICE const char *next_tile(const decode_job &j, decode_stream<D, DEPTH> &q, co
             if (next < tiles_of_piece(j, u, piece)) {
                 size_t at = (size_t)tile_of(u, piece * j.piece_tiles + next) * TILE_BYTES;
                 if (keys) return u.keys + at;
-                stop = u.values + (size_t)j.s.entries * D * 2; /* no multiple of 16 rows */
+                stop = u.values + (size_t)entries_of(j.s, u.cache) * D * 2; /* not of 16 rows */
                 return u.values + at;
             }
         } else if (u.linear && next < j.s.features / 16) {

@@ -19,7 +19,7 @@ size_t gpu_generated_scratch_bytes(const struct gpu_shape *shape, int n_segments
 bool gpu_launch_generated(struct gpu *g, const struct gpu_shape *shape, const struct gpu_layer *layer,
                           const struct gpu_segment *segments, int n_segments, const struct gpu_rows *rows, void *scratch);
 
-/* Bytes of a slot that the answer to a row at `position` needs of one layer, all heads; 0: not such a shape. */
+/* Bytes of a slot that the answer to a row at `position` needs of one layer, all heads, if each has most_cache places; 0: not such a shape. */
 size_t gpu_decode_bytes(const struct gpu_shape *shape, int64_t position);
 
 #ifdef __cplusplus

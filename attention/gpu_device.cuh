@@ -24,18 +24,26 @@ extern "C" {
 struct gpu_place {
     char *states, *keys, *turned, *values;
     int64_t *positions;
+    int cache, recent; /* places of its cache; those by error and age */
 };
 
 DEVICE gpu_place place_of(const gpu_shape &s, int slot, int layer, int kv_head) {
+    const gpu_room &room = s.rooms[layer * s.n_kv_heads + kv_head];
     char *at = s.slots + (size_t)slot * s.slot_stride;
-    size_t head = (size_t)layer * s.n_kv_heads + kv_head;
     gpu_place m;
-    m.states = at + s.states + head * s.state_heads * s.state_floats * sizeof(float);
-    m.keys = at + s.keys + head * s.keys_bytes;
-    m.turned = at + s.turned + head * s.keys_bytes;
-    m.values = at + s.values + head * s.values_bytes;
-    m.positions = (int64_t *)(at + s.positions) + head * s.cache;
+    m.states = at + room.states;
+    m.keys = at + room.keys;
+    m.turned = at + room.turned;
+    m.values = at + room.values;
+    m.positions = (int64_t *)(at + room.positions);
+    m.cache = room.cache;
+    m.recent = room.recent;
     return m;
+}
+
+/* Entries of a head that has a ring. */
+DEVICE int entries_of(const gpu_shape &s, int cache) {
+    return s.sinks + cache + s.ring;
 }
 
 /* ---- a state head: planes of S, and z ---- */
@@ -121,14 +129,15 @@ DEVICE bool is_softmax(const gpu_shape &s) {
     return s.kind == ATTENTION_SOFTMAX;
 }
 
-/* Keys that left the exact set by the time the row at this position is answered. */
-DEVICE int64_t folded_keys(const gpu_shape &s, int64_t position) {
+/* Keys that left the exact set of a head with so many places by the time the row at this position
+ * is answered. */
+DEVICE int64_t folded_keys(const gpu_shape &s, int cache, int64_t position) {
     int64_t left = 0;
     if (is_softmax(s)) return 0;
     if (s.window == WINDOW_NONE) left = position + 1;
     if (s.window == WINDOW_SLIDING) left = position + 1 - s.window_size - s.sinks;
     if (s.window == WINDOW_TERRACED)
-        left = (position / s.window_size - 1) * s.window_size - s.sinks - s.cache;
+        left = (position / s.window_size - 1) * s.window_size - s.sinks - cache;
     return left > 0 ? left : 0;
 }
 
@@ -141,11 +150,11 @@ DEVICE float forgetting(const gpu_shape &s, int64_t before, int64_t after) {
 }
 
 /* Places of the cache in use: those before the first -1. */
-DEVICE int cached_entries(const gpu_shape &s, const int64_t *positions) {
-    int low = 0, high = s.cache;
+DEVICE int cached_entries(const gpu_place &m) {
+    int low = 0, high = m.cache;
     while (low < high) {
         int middle = (low + high) / 2;
-        if (positions[middle] >= 0)
+        if (m.positions[middle] >= 0)
             low = middle + 1;
         else
             high = middle;
@@ -154,11 +163,10 @@ DEVICE int cached_entries(const gpu_shape &s, const int64_t *positions) {
 }
 
 /* The position of the key at an entry in use, as of the row at position. */
-DEVICE int64_t entry_position(const gpu_shape &s, const int64_t *positions, int entry,
-                              int64_t position) {
+DEVICE int64_t entry_position(const gpu_shape &s, const gpu_place &m, int entry, int64_t position) {
     if (entry < s.sinks) return entry;
-    if (entry < s.sinks + s.cache) return positions[entry - s.sinks];
-    int64_t place = entry - s.sinks - s.cache, w = s.window_size;
+    if (entry < s.sinks + m.cache) return m.positions[entry - s.sinks];
+    int64_t place = entry - s.sinks - m.cache, w = s.window_size;
     if (is_softmax(s)) return place;
     if (s.window == WINDOW_SLIDING) return position - (position - place) % w;
     int64_t block = position / w;
@@ -173,9 +181,9 @@ DEVICE bool is_clamped(const gpu_shape &s, int64_t key, int64_t position) {
     return from - key > s.max_distance;
 }
 
-/* The entry that holds the key of the row at position. */
-DEVICE int own_entry(const gpu_shape &s, int64_t position) {
-    return s.ring ? s.sinks + s.cache + (int)(position % s.ring) : 0;
+/* The entry that holds the key of the row at position, of a head with so many places. */
+DEVICE int own_entry(const gpu_shape &s, int cache, int64_t position) {
+    return s.ring ? s.sinks + cache + (int)(position % s.ring) : 0;
 }
 
 /* ---- a key and value enter ---- */
@@ -202,7 +210,7 @@ DEVICE void store_element(const gpu_shape &s, const gpu_place &m, const gpu_rows
         return;
     }
     write_kv(s, m.keys, key_at(s, entry, d), k[d]);
-    if (s.turned != s.keys)
+    if (s.turned)
         write_kv(s, m.turned, key_at(s, entry, d),
                  rotated(round_kv(s, k[d]), round_kv(s, k[other]), second, cosine, sine));
 }
@@ -213,6 +221,7 @@ DEVICE void store_element(const gpu_shape &s, const gpu_place &m, const gpu_rows
  * start. Sliding and softmax have one half, the whole ring. */
 struct gpu_view {
     int sinks, cached, half[2];
+    int cache;   /* places there are */
     int clamped; /* the first so many of sinks and cache count as max_distance behind */
 };
 
@@ -237,8 +246,8 @@ DEVICE int clamped_entries(const gpu_shape &s, const int64_t *positions, int n, 
 
 /* What the row at position sees; all rows of a block of a terraced window differ in half[] alone.
  */
-DEVICE gpu_view view_of(const gpu_shape &s, const int64_t *positions, int64_t position) {
-    gpu_view v = {0, 0, {0, 0}, 0};
+DEVICE gpu_view view_of(const gpu_shape &s, const gpu_place &m, int64_t position) {
+    gpu_view v = {0, 0, {0, 0}, m.cache, 0};
     if (!s.ring || position < 0) return v;
     int64_t w = s.window_size;
     if (is_softmax(s)) {
@@ -247,15 +256,15 @@ DEVICE gpu_view view_of(const gpu_shape &s, const int64_t *positions, int64_t po
         int64_t left = position + 1 - w; /* keys that have left the window */
         v.sinks = left < 0 ? 0 : left < s.sinks ? (int)left : s.sinks;
         v.half[0] = (int)(position + 1 < w ? position + 1 : w);
-        v.clamped = clamped_entries(s, positions, v.sinks, position);
+        v.clamped = clamped_entries(s, m.positions, v.sinks, position);
     } else if (s.window == WINDOW_TERRACED) {
         int64_t block = position / w;
         int own = (int)(position % w) + 1, before = block >= 1 ? (int)w : 0;
         v.sinks = block >= 2 ? s.sinks : 0;
-        v.cached = cached_entries(s, positions);
+        v.cached = cached_entries(m);
         v.half[0] = block % 2 ? before : own;
         v.half[1] = block % 2 ? own : before;
-        v.clamped = clamped_entries(s, positions, v.sinks + v.cached, position);
+        v.clamped = clamped_entries(s, m.positions, v.sinks + v.cached, position);
     }
     return v;
 }
@@ -263,8 +272,8 @@ DEVICE gpu_view view_of(const gpu_shape &s, const int64_t *positions, int64_t po
 DEVICE bool sees(const gpu_shape &s, const gpu_view &v, int entry) {
     if (entry < s.sinks) return entry < v.sinks;
     entry -= s.sinks;
-    if (entry < s.cache) return entry < v.cached;
-    entry -= s.cache;
+    if (entry < v.cache) return entry < v.cached;
+    entry -= v.cache;
     int size = half_size(s);
     return entry < size ? entry < v.half[0] : entry - size < v.half[1];
 }
@@ -279,7 +288,7 @@ DEVICE int visible_entry(const gpu_shape &s, const gpu_view &v, int i) {
     i -= v.sinks;
     if (i < v.cached) return s.sinks + i;
     i -= v.cached;
-    int ring = s.sinks + s.cache;
+    int ring = s.sinks + v.cache;
     return i < v.half[0] ? ring + i : ring + half_size(s) + i - v.half[0];
 }
 

@@ -87,9 +87,10 @@ DEVICE void store_rows(const decode_job &j, const prepare_task &t, int kv_head) 
     const gpu_shape &s = j.s;
     for (int i = threadIdx.x; i < t.n * s.lanes; i += PREPARE_THREADS) {
         gpu_segment segment = j.segments[t.first + i / s.lanes];
-        if (segment.slot >= 0 && segment.position >= 0)
-            store_element(s, place_of(s, segment.slot, j.layer.layer, kv_head), j.rows,
-                          segment.first_row, kv_head, own_entry(s, segment.position), i % s.lanes);
+        if (segment.slot < 0 || segment.position < 0) continue;
+        gpu_place m = place_of(s, segment.slot, j.layer.layer, kv_head);
+        store_element(s, m, j.rows, segment.first_row, kv_head,
+                      own_entry(s, m.cache, segment.position), i % s.lanes);
     }
 }
 
@@ -138,7 +139,7 @@ static __global__ void __launch_bounds__(COMBINE_THREADS) combine_kernel(decode_
 
 /* Blocks that share a softmax sequence: no more than it can have pieces. */
 static int shares(const gpu_shape &s) {
-    int pieces = (s.tiles + SOFTMAX_TILES - 1) / SOFTMAX_TILES;
+    int pieces = (most_tiles(s) + SOFTMAX_TILES - 1) / SOFTMAX_TILES;
     return s.kind != ATTENTION_SOFTMAX ? 1 : pieces < MAX_SPLITS ? pieces : MAX_SPLITS;
 }
 
@@ -185,11 +186,12 @@ extern "C" size_t gpu_decode_bytes(const struct gpu_shape *shape, int64_t positi
     const gpu_shape &s = *shape;
     if (!decode_takes(s)) return 0;
     size_t D = s.head_dim, entries = (size_t)position + 1, states = 0;
+    int64_t cache = s.most_cache;
     if (s.kind != ATTENTION_SOFTMAX) {
         int64_t w = s.window_size, block = position / w, left = (block - 1) * w - s.sinks;
         entries = (size_t)(position - (block >= 1 ? block - 1 : 0) * w + 1);
-        if (block >= 2) entries += s.sinks + (left < s.cache ? (left > 0 ? left : 0) : s.cache);
-        if (left > s.cache) states = (size_t)s.state_heads * (2 * s.S_floats + 4 * s.phi_lanes);
+        if (block >= 2) entries += s.sinks + (left < cache ? (left > 0 ? left : 0) : cache);
+        if (left > cache) states = (size_t)s.state_heads * (2 * s.S_floats + 4 * s.phi_lanes);
     }
-    return s.n_kv_heads * (4 * D * entries + states + 8 * s.cache);
+    return s.n_kv_heads * (4 * D * entries + states + 8 * cache);
 }

@@ -1,4 +1,5 @@
-/* gpu_internal.h - what the host's files of attention on a device share: gpu_attention.c (steps) and gpu_slot.c (slots). */
+/* gpu_internal.h - what the host's files of attention on a device share: gpu_attention.c (steps), gpu_plan.c (prompts cut up),
+ * gpu_room.c (where heads lie) and gpu_slot.c (slots). */
 #ifndef URCHIN_ATTENTION_GPU_INTERNAL_H
 #define URCHIN_ATTENTION_GPU_INTERNAL_H
 
@@ -41,6 +42,7 @@ struct gpu_attention {
     double *theta;           /* device */
     float *far_angles;       /* device: cosines, then sines of max_distance */
     struct gpu_layer *layers, *layers_at; /* [n_layers] here and there */
+    struct gpu_room *rooms, *rooms_at;    /* [n_layers][n_kv_heads] of slots, then of snapshots; here and there */
 
     /* blocks that begin: gpu_kernels.h, struct gpu_chain, whose device memory this is */
     struct gpu_shape snapshot;
@@ -71,5 +73,10 @@ struct gpu_attention {
 bool gpu_has_blocks(const struct gpu_attention *a);
 bool gpu_begins(const struct gpu_attention *a, int64_t position); /* does the row there begin a block that folds another? */
 void gpu_plan_prompts(struct gpu_attention *a); /* segments of whole runs -> groups, waves, pieces, blocks and their segments */
+
+/* ---- gpu_room.c: rooms [n_layers][n_kv_heads] ---- */
+void gpu_rooms_of_slots(const struct attention *twin, struct gpu_room *rooms);
+size_t gpu_rooms_of_snapshots(const struct gpu_shape *shape, int n_layers, const struct gpu_room *slots,
+                              struct gpu_room *rooms); /* returns the bytes of a snapshot, enough for any layer */
 
 #endif

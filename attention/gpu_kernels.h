@@ -10,22 +10,33 @@
 extern "C" {
 #endif
 
+/* One layer and kv head of a slot: heads differ in the places of their cache (internal.h, struct room). */
+struct gpu_room {
+    int cache, recent;                               /* places; those by error and age */
+    size_t states, keys, values, positions, turned; /* offsets into a slot */
+};
+
 /* One model's attention: configuration, layout of a slot, and where the slots are.  Field meanings: attention.h, internal.h. */
 struct gpu_shape {
     int n_heads, n_kv_heads, group, state_heads; /* state_heads: states of a kv head, 1 or group */
     int head_dim, lanes, f, f_lanes, features, phi_lanes;
     int kind, map, mixing, window, kv_bf16;      /* enums of attention.h; kv_bf16: exact keys and values are bf16, not fp32 */
-    int window_size, sinks, cache, ring, entries, tiles;
-    int cache_recent, cache_age;
+    int window_size, sinks, ring, cache_age;
+    int most_cache, most_entries;                /* of any head: what scratch and lists are made for */
     int64_t horizon, max_distance, max_seq_len;
     int map_before_rope, rope;                   /* rope: there is one */
+    int turned;                                  /* rotated copies of keys lie apart from the keys */
     int exact;                                   /* read both planes, no bf16 products */
     char *slots;
     size_t slot_stride;
-    size_t states, keys, values, positions, turned;            /* offsets into a slot */
-    size_t S_floats, state_floats, keys_bytes, values_bytes;   /* of one state head; of one kv head */
+    const struct gpu_room *rooms;                /* [layers][n_kv_heads], on the device as all below */
+    size_t S_floats, state_floats;               /* of one state head */
     const double *theta;                         /* [head_dim / 2] radians per position, or NULL */
 };
+
+/* Lays n heads out from byte `at` of a slot on: all states, then all keys and so on; turned ones last.  rooms[].cache is given.
+ * Returns where they end. */
+size_t gpu_place_rooms(const struct gpu_shape *shape, struct gpu_room *rooms, size_t n, size_t at);
 
 struct gpu_layer { /* one layer's parameters, fp32, on the device; NULL where the kind has none */
     int layer;
@@ -80,7 +91,7 @@ bool gpu_launch_prefill(struct gpu *g, const struct gpu_shape *shape, const stru
  * What block b keeps and folds follows from what block b - 1 did: only that is serial.  A piece is consecutive rows of one
  * sequence, or none: then the next row begins a block that is to begin.  Its blocks are numbered in waves, first those that
  * are first in their piece, and each ends as a snapshot of what its rows see: so rows of all blocks are answered at once, from
- * slots of one layer (layer.layer 0), and the last block's becomes the slot.
+ * slots that hold one layer, and the last block's becomes the slot.
  *
  *   prepare   features and values of all keys that may be folded
  *   recall    before the first wave, for pieces whose first block begins: how badly its candidates are recalled
@@ -91,7 +102,7 @@ struct gpu_piece {
     int slot, first_row, n_rows;
     int64_t position; /* of its first row */
     int64_t oldest;   /* the first position that candidates may have but for the cache's; all of them are in the ring or rows */
-    int first_key, n_keys; /* of the scratch: the cache, then so many positions as are candidates within the piece */
+    int first_key, n_keys; /* of the scratch: the largest cache, then so many positions as are candidates within the piece */
     int last_block;
 };
 struct gpu_block {
@@ -100,7 +111,7 @@ struct gpu_block {
     int begins, more;    /* it chooses and folds; the block after it in the piece does */
 };
 struct gpu_chain {
-    struct gpu_shape shape, snapshot; /* snapshot: slots of one layer, n_layers * n_blocks of them */
+    struct gpu_shape shape, snapshot; /* snapshot: slots that hold one layer, n_layers * n_blocks of them */
     const struct gpu_layer *layers;   /* of the model, on the device */
     int first_layer, n_layers;
     const struct gpu_piece *pieces; /* on the device, as blocks */

@@ -46,7 +46,7 @@ static __global__ void __launch_bounds__(STORE_THREADS)
         int r = (int)blockIdx.x * STORE_ROWS + i / s.lanes, d = i % s.lanes;
         if (r < segment.n_rows)
             store_element(s, m, rows, segment.first_row + r, (int)blockIdx.y,
-                          own_entry(s, segment.position + r), d);
+                          own_entry(s, m.cache, segment.position + r), d);
     }
 }
 

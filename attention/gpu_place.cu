@@ -10,6 +10,10 @@
 
 enum { PIECES = 8 };
 
+DEVICE int up_to_tile(int entries) {
+    return (entries + 15) / 16 * 16;
+}
+
 struct entry_kind {
     bool used, clamped;
     key_source from;
@@ -18,6 +22,7 @@ struct entry_kind {
 /* The key that lies at an entry once the block's rows have entered. */
 DEVICE entry_kind entry_of(const gpu_shape &s, const chain_unit &u, int entry) {
     entry_kind e = {};
+    int cache = u.slot.cache;
     int64_t w = s.window_size, position = u.block.segment.position, block = position / w;
     if (entry < s.sinks) {
         e.used = block >= 2;
@@ -27,18 +32,18 @@ DEVICE entry_kind entry_of(const gpu_shape &s, const chain_unit &u, int entry) {
             e.from.row = -1;
             e.from.position = entry;
         } else {
-            e.from = source_at(s, u.piece, entry);
+            e.from = source_at(s, u.piece, u.slot, entry);
         }
-    } else if (entry < s.sinks + s.cache) {
+    } else if (entry < s.sinks + cache) {
         int i = entry - s.sinks;
-        e.used = i < u.list[s.cache];
+        e.used = i < u.list[s.most_cache];
         if (!e.used) return e;
-        e.from = source_of(s, u.piece, u.slot.positions, u.list[i]);
+        e.from = source_of(s, u.piece, u.slot, u.list[i]);
     } else {
-        int place = entry - s.sinks - s.cache;
+        int place = entry - s.sinks - cache;
         int64_t at = place / w == block % 2 ? block : block - 1, key = at * w + place % w;
         e.used = key >= 0 && key < position + u.block.segment.n_rows;
-        e.from = source_at(s, u.piece, key);
+        e.from = source_at(s, u.piece, u.slot, key);
         return e;
     }
     e.clamped = is_clamped(s, e.from.position, position);
@@ -49,12 +54,11 @@ DEVICE void place_key(const gpu_chain &c, const gpu_rows &rows, const chain_unit
                       const entry_kind &e, int d, bool last) {
     const gpu_shape &s = c.shape;
     float key = 0, turned = 0;
-    bool plain = e.clamped || s.turned == s.keys;
+    bool plain = e.clamped || !s.turned;
     if (e.used && (plain || last)) key = key_element(s, u.slot, rows, e.from, u.kv_head, d);
     if (e.used) turned = plain ? key : turned_element(s, u.slot, rows, e.from, u.kv_head, d);
     write_kv(s, u.here.turned, key_at(s, entry, d), turned);
-    if (last && c.snapshot.keys != c.snapshot.turned)
-        write_kv(s, u.here.keys, key_at(s, entry, d), key);
+    if (last && s.turned) write_kv(s, u.here.keys, key_at(s, entry, d), key);
 }
 
 static __global__ void __launch_bounds__(CHAIN_THREADS) place_kernel(gpu_chain c, gpu_rows rows) {
@@ -63,22 +67,22 @@ static __global__ void __launch_bounds__(CHAIN_THREADS) place_kernel(gpu_chain c
     chain_unit u = chain_unit_at(c, block, (int)blockIdx.z % c.n_layers, (int)blockIdx.y);
     bool last = u.piece.last_block == block;
     int first = (int)(blockIdx.x * CHAIN_THREADS + threadIdx.x), step = PIECES * CHAIN_THREADS;
-    int entries = s.tiles * 16; /* pad entries are zeros too */
-    for (int i = first; i < entries * s.head_dim; i += step) {
-        int entry = i % entries;
-        entry_kind e = {};
-        if (entry < s.entries) e = entry_of(s, u, entry);
-        place_key(c, rows, u, entry, e, i / entries, last);
+    int entries = entries_of(s, u.slot.cache), tiled = up_to_tile(entries);
+    for (int i = first; i < tiled * s.head_dim; i += step) {
+        int entry = i % tiled;
+        entry_kind e = {}; /* pad entries are zeros too */
+        if (entry < entries) e = entry_of(s, u, entry);
+        place_key(c, rows, u, entry, e, i / tiled, last);
     }
-    for (int i = first; i < s.entries * s.lanes; i += step) {
+    for (int i = first; i < entries * s.lanes; i += step) {
         int entry = i / s.lanes, d = i % s.lanes;
         entry_kind e = entry_of(s, u, entry);
         float x = e.used ? value_element(s, u.slot, rows, e.from, u.kv_head, d) : 0;
         write_kv(s, u.here.values, value_at(s, entry, d), x);
     }
-    for (int i = first; i < s.cache; i += step)
+    for (int i = first; i < u.slot.cache; i += step)
         u.here.positions[i] =
-            i < u.list[s.cache] ? source_of(s, u.piece, u.slot.positions, u.list[i]).position : -1;
+            i < u.list[s.most_cache] ? source_of(s, u.piece, u.slot, u.list[i]).position : -1;
 }
 
 extern "C" void gpu_launch_place(struct gpu *g, const struct gpu_chain *chain,
@@ -101,10 +105,12 @@ static __global__ void __launch_bounds__(CHAIN_THREADS) commit_kernel(gpu_chain 
     int last = c.pieces[blockIdx.z / c.n_layers].last_block;
     chain_unit u = chain_unit_at(c, last, (int)blockIdx.z % c.n_layers, (int)blockIdx.y);
     copy_part<uint4>(u.slot.states, u.here.states, s.state_heads * s.state_floats * sizeof(float));
-    copy_part<uint4>(u.slot.keys, u.here.keys, s.keys_bytes);
-    if (s.turned != s.keys) copy_part<uint4>(u.slot.turned, u.here.turned, s.keys_bytes);
-    copy_part<uint4>(u.slot.values, u.here.values, s.values_bytes);
-    copy_part<int64_t>(u.slot.positions, u.here.positions, (size_t)s.cache * sizeof(int64_t));
+    size_t element = s.kv_bf16 ? 2 : 4, entries = entries_of(s, u.slot.cache);
+    size_t keys = up_to_tile((int)entries) * s.head_dim * element;
+    copy_part<uint4>(u.slot.keys, u.here.keys, keys);
+    if (s.turned) copy_part<uint4>(u.slot.turned, u.here.turned, keys);
+    copy_part<uint4>(u.slot.values, u.here.values, entries * s.lanes * element);
+    copy_part<int64_t>(u.slot.positions, u.here.positions, u.slot.cache * sizeof(int64_t));
 }
 
 extern "C" void gpu_launch_commit(struct gpu *g, const struct gpu_chain *chain) {

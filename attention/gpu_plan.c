@@ -28,7 +28,7 @@ static struct gpu_piece next_piece(const struct gpu_attention *a, const struct g
     };
     int n_blocks = g->n_blocks, keys = 0;
     for (int64_t at = from; at < end; n_blocks++) {
-        if (gpu_begins(a, at)) keys = a->shape.cache + (int)((at / w - 1) * w - piece.oldest);
+        if (gpu_begins(a, at)) keys = a->shape.most_cache + (int)((at / w - 1) * w - piece.oldest);
         bool fits = n_blocks < a->n_snapshots && g->n_keys + keys <= a->max_keys;
         if (gpu_has_blocks(a) && !fits) break;
         int64_t left = w - at % w;

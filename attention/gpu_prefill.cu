@@ -280,7 +280,7 @@ static __global__ void __launch_bounds__(PREFILL_THREADS, D == 64 && M == 1 ? 3 
     int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
     int64_t position = segment.position - row_index(s, segment.position) + t.first;
     t.place = place_of(s, segment.slot, layer.layer, t.first_head / s.group);
-    t.linear = folded_keys(s, position) > 0;
+    t.linear = folded_keys(s, t.place.cache, position) > 0;
     look_around(s, t, position, lane);
 
     int my_head = warp * 16 * M / plan.tile_rows;

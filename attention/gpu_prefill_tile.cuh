@@ -108,7 +108,7 @@ DEVICE int row_index(const gpu_shape &s, int64_t position) {
 
 /* Index of the first row that sees an entry. */
 DEVICE int first_that_sees(const gpu_shape &s, const prefill_task &t, int entry) {
-    int place = entry - s.sinks - s.cache;
+    int place = entry - s.sinks - t.place.cache;
     if (place < 0)
         return entry < t.sinks || (unsigned)(entry - s.sinks) < (unsigned)t.cached ? 0 : NEVER;
     if (place >= s.ring) return NEVER;
@@ -126,7 +126,7 @@ DEVICE void look_around(const gpu_shape &s, prefill_task &t, int64_t position, i
     if (is_softmax(s)) return;
     int64_t w = s.window_size, block = position / w;
     int64_t near = s.max_distance ? block * w - s.max_distance : 0; /* not clamped from here on */
-    for (int i = lane; i < s.cache; i += 32) {
+    for (int i = lane; i < t.place.cache; i += 32) {
         int64_t key = t.place.positions[i];
         t.cached += key >= 0;
         t.clamped += key >= 0 && key < near;
@@ -139,8 +139,9 @@ DEVICE void look_around(const gpu_shape &s, prefill_task &t, int64_t position, i
     t.clamped += near < 0 ? 0 : near < t.sinks ? (int)near : t.sinks;
     t.now = (int)(block % 2);
     t.before = block >= 1;
-    int end = s.sinks + s.cache + t.now * (int)w + t.last + 1; /* of the half that grows */
-    t.entries = t.before && !t.now ? s.sinks + s.cache + 2 * (int)w : end;
+    int ring = s.sinks + t.place.cache;
+    int end = ring + t.now * (int)w + t.last + 1; /* of the half that grows */
+    t.entries = t.before && !t.now ? ring + 2 * (int)w : end;
 }
 
 /* ---- stages: tiles of S, then of keys and values ---- */

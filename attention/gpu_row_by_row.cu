@@ -63,10 +63,10 @@ DEVICE void copy_key(const gpu_shape &s, char *to_keys, int to, const char *from
 DEVICE void leave_window(const gpu_shape &s, const gpu_layer &layer, const gpu_place &m,
                          int kv_head, int64_t position, const fold_shared &t) {
     int64_t w = s.window_size, key = position - w;
-    int place = own_entry(s, position);
+    int place = own_entry(s, m.cache, position);
     if (key >= 0 && key < s.sinks) {
         copy_key(s, m.keys, (int)key, m.keys, place);
-        if (s.turned != s.keys) copy_key(s, m.turned, (int)key, m.turned, place);
+        if (s.turned) copy_key(s, m.turned, (int)key, m.turned, place);
         for (int d = threadIdx.x; d < s.lanes; d += ANSWER_THREADS)
             if (s.kv_bf16)
                 ((uint16_t *)m.values)[value_at(s, (int)key, d)] =
@@ -75,10 +75,12 @@ DEVICE void leave_window(const gpu_shape &s, const gpu_layer &layer, const gpu_p
                 ((float *)m.values)[value_at(s, (int)key, d)] =
                     ((const float *)m.values)[value_at(s, place, d)];
     } else if (key >= 0) {
-        fold_entry(s, layer, m, kv_head, place,
-                   forgetting(s, folded_keys(s, position - 1), folded_keys(s, position)), t);
+        fold_entry(
+            s, layer, m, kv_head, place,
+            forgetting(s, folded_keys(s, m.cache, position - 1), folded_keys(s, m.cache, position)),
+            t);
     }
-    for (int e = 0; s.turned != s.keys && e < s.sinks && e <= key; e++) {
+    for (int e = 0; s.turned && e < s.sinks && e <= key; e++) {
         bool was = e < key && is_clamped(s, e, position - 1);
         if (is_clamped(s, e, position) && !was) copy_key(s, m.turned, e, m.keys, e);
     }
@@ -110,15 +112,15 @@ static __global__ void __launch_bounds__(ANSWER_THREADS)
     for (int r = 0; r < segment.n_rows; r++) {
         ask.first_row = segment.first_row + r;
         ask.position = segment.position + r;
-        int entry = own_entry(s, ask.position);
+        int entry = own_entry(s, ask.place.cache, ask.position);
         if (s.window == WINDOW_SLIDING) leave_window(s, layer, ask.place, kv_head, ask.position, t);
         /* an element of an entry is moved, stored and taken for folding by one thread */
         store_row(s, ask.place, rows, ask.first_row, kv_head, entry);
         if (s.window == WINDOW_NONE)
             fold_entry(s, layer, ask.place, kv_head, entry,
                        forgetting(s, ask.position, ask.position + 1), t);
-        ask.view = view_of(s, ask.place.positions, ask.position);
-        ask.linear = folded_keys(s, ask.position) > 0;
+        ask.view = view_of(s, ask.place, ask.position);
+        ask.linear = folded_keys(s, ask.place.cache, ask.position) > 0;
         for (int g = 0; g < s.group; g++) {
             ask.head = first_head + g;
             answer_rows<1>(s, layer, rows, ask, t.v + s.lanes);

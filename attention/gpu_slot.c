@@ -35,12 +35,11 @@ struct extent {
 };
 
 static struct extent extent_of(const struct gpu_attention *a, int head, int64_t position) {
-    const struct layout *l = &a->twin->layout;
     const struct shape *s = &a->twin->shape;
     size_t element = s->kv_type == KV_BF16 ? sizeof(uint16_t) : sizeof(float);
     return (struct extent){
-        .keys = a->twin->rooms[head].keys,
-        .values = a->twin->rooms[head].values,
+        .keys = a->rooms[head].keys,
+        .values = a->rooms[head].values,
         .keys_bytes = (size_t)((position + TILE - 1) / TILE) * TILE * s->head_dim * element,
         .values_bytes = (size_t)position * s->lanes * element,
     };
@@ -212,13 +211,13 @@ enum err gpu_attention_slot_load(struct gpu_attention *a, int slot, const void *
 
 int gpu_attention_cache_positions(struct gpu_attention *a, int slot, int layer, int kv_head,
                                   int64_t *out) {
-    size_t bytes = (size_t)a->shape.cache * sizeof *out;
-    size_t head = (size_t)layer * a->shape.n_kv_heads + kv_head;
+    const struct gpu_room *room = &a->rooms[layer * a->shape.n_kv_heads + kv_head];
+    size_t bytes = (size_t)room->cache * sizeof *out;
     int n = 0;
     if (!bytes) return 0;
-    gpu_download(a->gpu, out, slot_at(a, slot) + a->shape.positions + head * bytes, bytes);
+    gpu_download(a->gpu, out, slot_at(a, slot) + room->positions, bytes);
     if (gpu_wait(a->gpu)) return 0;
-    while (n < a->shape.cache && out[n] >= 0)
+    while (n < room->cache && out[n] >= 0)
         n++;
     return n;
 }

@@ -17,7 +17,7 @@ template <bool SPLIT>
 static __global__ void __launch_bounds__(PLANE_THREADS)
     planes_kernel(gpu_shape s, char *planes, char *whole) {
     size_t i = ((size_t)blockIdx.x * PLANE_THREADS + threadIdx.x) * EIGHT;
-    size_t at = s.states + (size_t)blockIdx.y * s.state_floats * sizeof(float);
+    size_t at = s.rooms->states + (size_t)blockIdx.y * s.state_floats * sizeof(float);
     if (i >= s.state_floats) return;
     uint4 *words = (uint4 *)(whole + at + i * sizeof(float));
     if (i >= s.S_floats) {
@@ -85,16 +85,16 @@ static __global__ void __launch_bounds__(TURN_THREADS)
     turn_kernel(gpu_shape s, int slot, int64_t last) {
     int half = s.head_dim / 2;
     size_t i = (size_t)blockIdx.x * TURN_THREADS + threadIdx.x;
-    int e = (int)(i % s.entries), d = (int)(i / s.entries);
+    int e = (int)(i % s.most_entries), d = (int)(i / s.most_entries);
     if (d >= half) return;
     gpu_place m = place_of(s, slot, (int)blockIdx.z, (int)blockIdx.y);
-    gpu_view view = view_of(s, m.positions, last);
-    if (!sees(s, view, e)) return;
+    gpu_view view = view_of(s, m, last);
+    if (!sees(s, view, e)) return; /* a smaller head has no such entry */
     float a = read_kv(s, m.keys, key_at(s, e, d)), b = read_kv(s, m.keys, key_at(s, e, d + half));
     float first = a, second = b;
     if (e >= view.clamped) {
         double sine, cosine;
-        sincos((double)entry_position(s, m.positions, e, last) * s.theta[d], &sine, &cosine);
+        sincos((double)entry_position(s, m, e, last) * s.theta[d], &sine, &cosine);
         first = rotated(a, b, false, (float)cosine, (float)sine);
         second = rotated(b, a, true, (float)cosine, (float)sine);
     }
@@ -104,8 +104,8 @@ static __global__ void __launch_bounds__(TURN_THREADS)
 
 extern "C" void gpu_launch_turn(struct gpu *g, const struct gpu_shape *shape, int n_layers,
                                 int slot, int64_t tokens) {
-    if (shape->turned == shape->keys || tokens <= 0) return;
-    size_t n = (size_t)shape->entries * (shape->head_dim / 2);
+    if (!shape->turned || tokens <= 0) return;
+    size_t n = (size_t)shape->most_entries * (shape->head_dim / 2);
     dim3 grid((unsigned)((n + TURN_THREADS - 1) / TURN_THREADS), (unsigned)shape->n_kv_heads,
               (unsigned)n_layers);
     LAUNCH(g, turn_kernel, grid, TURN_THREADS, 0, *shape, slot, tokens - 1);

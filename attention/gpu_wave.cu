@@ -77,7 +77,7 @@ struct fast_shared {
 
 static size_t fast_bytes(const gpu_shape &s) {
     return (2 * STAGE_FLOATS + S_WORDS + CHUNK) * 4 + ROWS * VALUE_PITCH * 2 +
-           choice_bytes(s.cache + s.window_size);
+           choice_bytes(s.most_cache + s.window_size);
 }
 
 DEVICE fast_shared fast_shared_at(const gpu_shape &s, float *at) {
@@ -340,7 +340,8 @@ static __global__ void __launch_bounds__(CHAIN_THREADS, 1)
 
     gpu_place from = u.slot;
     if (u.block.previous >= 0)
-        from = place_of(c.snapshot, u.index * c.n_blocks + u.block.previous, 0, u.kv_head);
+        from = place_of(c.snapshot, u.index * c.n_blocks + u.block.previous,
+                        c.first_layer + u.index, u.kv_head);
     state_place S = {plane_hi(s, from, state) + c0, normaliser(s, from, state), NULL, NULL};
     if (writes) S.planes_after = plane_hi(s, u.here, state) + c0;
     if (writes_z) S.z_after = normaliser(s, u.here, state);
@@ -372,7 +373,7 @@ bool launch_fast_wave(struct gpu *g, const gpu_chain *c, int first_block, int n_
     const struct gpu_info *device = gpu_info(g);
     if (s.exact || !s.kv_bf16 || (s.head_dim != 64 && s.head_dim != 128)) return false;
     if (s.features % 32 || s.features > 256 || s.window_size > FOLD_ROWS) return false;
-    if (s.cache + s.window_size > NEXT_ROWS || fast_bytes(s) > gpu_shared_bytes(device))
+    if (s.most_cache + s.window_size > NEXT_ROWS || fast_bytes(s) > gpu_shared_bytes(device))
         return false;
     int tiles = s.lanes / CHAIN_COLUMNS * s.state_heads, parts = KEY_TILES;
     size_t blocks = (size_t)tiles * s.n_kv_heads * c->n_layers * n_blocks;

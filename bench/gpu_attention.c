@@ -103,10 +103,9 @@ static const struct model models_tiny[] = {
     {"tiny: softmax, 300 tokens", ATTENTION_SOFTMAX, 128, 0, 4, 1, 1, 300, 0, 0},
 };
 
-/* slot.c's layout of n_layers. */
-static struct gpu_shape shape_of(const struct model *m, int n_layers) {
+static struct gpu_shape shape_of(const struct model *m) {
     bool softmax = m->kind == ATTENTION_SOFTMAX;
-    size_t heads = (size_t)n_layers * (size_t)m->n_kv_heads, D = (size_t)m->D, F = (size_t)m->F;
+    size_t D = (size_t)m->D, F = (size_t)m->F;
     struct gpu_shape s = {
         .n_heads = m->group * m->n_kv_heads,
         .n_kv_heads = m->n_kv_heads,
@@ -125,30 +124,39 @@ static struct gpu_shape shape_of(const struct model *m, int n_layers) {
         .kv_bf16 = 1,
         .window_size = softmax ? 0 : m->w,
         .sinks = m->sinks,
-        .cache = m->cache,
+        .most_cache = m->cache,
         .ring = softmax ? m->w : 2 * m->w,
         .max_distance = softmax ? 0 : 1024,
         .max_seq_len = softmax ? m->w : 0,
         .map_before_rope = !softmax,
         .rope = 1,
     };
-    s.entries = s.sinks + s.cache + s.ring;
-    s.tiles = (s.entries + 15) / 16;
+    s.most_entries = s.sinks + m->cache + s.ring;
+    s.turned = 0; /* keys that are not read are left out */
     s.S_floats = D * F;
     s.state_floats = D * F + F;
-    s.keys_bytes = (size_t)s.tiles * 16 * D * 2;
-    s.values_bytes = (size_t)s.entries * D * 2;
-    s.states = 64;
-    s.keys = s.states + heads * (size_t)s.state_heads * s.state_floats * 4;
-    s.values = s.keys + heads * s.keys_bytes;
-    s.positions = s.values + heads * s.values_bytes;
-    s.turned = s.keys; /* the others are not read */
-    s.slot_stride = (s.positions + heads * (size_t)s.cache * 8 + 63) / 64 * 64;
     return s;
 }
 
+/* Rooms of n_layers, here and on the device; the caller frees them. */
+static struct gpu_room *place_rooms(struct gpu_shape *s, int n_layers) {
+    size_t heads = (size_t)n_layers * (size_t)s->n_kv_heads;
+    struct gpu_room *rooms = calloc(heads, sizeof *rooms),
+                    *at = device_bytes(heads * sizeof *rooms);
+    if (!rooms) check(ERR_NOMEM, "rooms");
+    for (size_t i = 0; i < heads; i++)
+        rooms[i].cache = s->most_cache;
+    s->slot_stride = (gpu_place_rooms(s, rooms, heads, 64) + 63) / 64 * 64;
+    gpu_upload(gpu, at, rooms, heads * sizeof *rooms);
+    check(gpu_wait(gpu), "rooms");
+    s->rooms = at;
+    return rooms;
+}
+
 /* n slots, all alike: random bf16 numbers, and positions of a cache that spreads over the text. */
-static void *fill_slots(struct gpu_shape *s, int n, int n_layers, int64_t position) {
+static void *fill_slots(struct gpu_shape *s, const struct gpu_room *rooms, int n, int n_layers,
+                        int64_t position) {
+    int cache = s->most_cache;
     size_t bytes = s->slot_stride, block = (size_t)1 << 20;
     uint16_t *slot = malloc(bytes + block);
     if (!slot) check(ERR_NOMEM, "memory");
@@ -160,9 +168,9 @@ static void *fill_slots(struct gpu_shape *s, int n, int n_layers, int64_t positi
     }
     for (size_t at = block; at < bytes; at += block)
         memcpy((char *)slot + at, slot, block);
-    int64_t *positions = (int64_t *)((char *)slot + s->positions);
-    for (int i = 0; i < n_layers * s->n_kv_heads * s->cache; i++)
-        positions[i] = s->sinks + (position - 200) * (i % s->cache) / s->cache;
+    int64_t *positions = (int64_t *)((char *)slot + rooms[0].positions); /* the others' follow */
+    for (int i = 0; i < n_layers * s->n_kv_heads * cache; i++)
+        positions[i] = s->sinks + (position - 200) * (i % cache) / cache;
     char *at = device_bytes((size_t)n * bytes);
     gpu_upload(gpu, at, slot, bytes);
     for (int i = 1; i < n; i++)
@@ -240,7 +248,7 @@ static void measure(const struct model *m, int n, double bandwidth) {
     bool softmax = m->kind == ATTENTION_SOFTMAX;
     int64_t position = softmax ? m->w - 1 : 64 * m->w; /* of the first; others are up to w off */
     struct gpu_segment *segments = calloc((size_t)n, sizeof *segments);
-    struct gpu_shape one = shape_of(m, 1);
+    struct gpu_shape one = shape_of(m);
     double bytes = 4.0 * m->D * (m->F / 2) * one.n_heads;
     if (!segments) check(ERR_NOMEM, "segments");
     for (int i = 0; i < n; i++) {
@@ -253,19 +261,21 @@ static void measure(const struct model *m, int n, double bandwidth) {
     w.n_launches = w.n_layers;
     if (w.n_launches < LEAST_LAUNCHES && !emulated)
         w.n_launches = LEAST_LAUNCHES / w.n_layers * w.n_layers;
-    w.shape = shape_of(m, w.n_layers);
+    w.shape = one;
+    struct gpu_room *rooms = place_rooms(&w.shape, w.n_layers);
     size_t needed = (size_t)n * w.shape.slot_stride;
     if (needed > gpu_free_bytes(gpu) / 10 * 9) {
         printf("%-44s %4d rows: %.1f GB of slots are too many\n", m->name, n,
                (double)needed * 1e-9);
-        free(segments);
+        gpu_release(gpu, (void *)w.shape.rooms);
+        free(segments), free(rooms);
         return;
     }
-    fill_slots(&w.shape, n, w.n_layers, position);
+    fill_slots(&w.shape, rooms, n, w.n_layers, position);
     w.segments = device_bytes((size_t)n * sizeof *segments);
     gpu_upload(gpu, w.segments, segments, (size_t)n * sizeof *segments);
     check(gpu_wait(gpu), "segments");
-    free(segments);
+    free(segments), free(rooms);
     size_t D = (size_t)m->D, heads = (size_t)one.n_heads, kv_heads = (size_t)m->n_kv_heads,
            row = (heads + 2 * kv_heads) * D, rows = (size_t)n;
     w.scratch = device_bytes(gpu_generated_scratch_bytes(&w.shape, n) + 1);
@@ -289,7 +299,8 @@ static void measure(const struct model *m, int n, double bandwidth) {
            m->name, n, bytes * 1e-6, decode * 1e6, 100 * bytes / decode / bandwidth,
            generated * 1e6, bytes / generated * 1e-9, 100 * bytes / generated / bandwidth);
     fflush(stdout);
-    gpu_release(gpu, w.shape.slots), gpu_release(gpu, w.segments), gpu_release(gpu, w.scratch);
+    gpu_release(gpu, w.shape.slots), gpu_release(gpu, (void *)w.shape.rooms);
+    gpu_release(gpu, w.segments), gpu_release(gpu, w.scratch);
     gpu_release(gpu, (void *)w.layer.map_q), gpu_release(gpu, (void *)w.layer.mix);
     gpu_release(gpu, (void *)w.rows.q), gpu_release(gpu, w.rows.y);
     gpu_release(gpu, (void *)w.rows.cosines);

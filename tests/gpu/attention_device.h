@@ -212,7 +212,8 @@ static inline float farthest(const struct rig *g, const float *a, const float *b
 static inline float device_tolerance(const struct rig *g) {
     const struct attention_config *c = &g->config;
     float D = (float)c->head_dim, steepness = 4 * sqrtf(D) + 1;
-    float terms = (float)(g->n + 2 * c->features + c->cache_size + 2 * c->window_size + 32);
+    float terms =
+        (float)(g->n + 2 * c->features + attention_cache_most(c) + 2 * c->window_size + 32);
     return 4 * 0x1p-24f * (sqrtf(3 * (D + 1)) * steepness + sqrtf(terms));
 }
 
@@ -243,6 +244,7 @@ static inline struct attention_config base_config(void) {
 static inline void with_window(struct attention_config *c, enum window_rule rule) {
     c->window = rule;
     if (rule != WINDOW_TERRACED) c->cache_size = c->cache_recent = c->cache_age = 0;
+    if (rule != WINDOW_TERRACED) c->retrieval_size = c->retrieval_recent = 0;
     if (rule == WINDOW_NONE) c->window_size = c->sinks = 0;
 }
 
@@ -257,14 +259,17 @@ static inline struct attention_config softmax_config(void) {
     };
 }
 
-/* One of each sort; the last has kernels of its own where it is not exact. */
-enum { SORTS = 6, FAST = SORTS - 1 };
+/* One of each sort; two with retrieval heads, which have more places and fewer; the last has kernels of its own where it is not
+ * exact. */
+enum { SORTS = 7, FAST = SORTS - 1 };
 static inline struct attention_config sort_config(int sort) {
     struct attention_config c = base_config();
     if (sort == 0) return softmax_config();
     if (sort <= 2) with_window(&c, sort == 1 ? WINDOW_NONE : WINDOW_SLIDING);
     if (sort == 3) c.map_before_rope = false, c.max_distance = 0, c.key_map_per_query_head = true;
     if (sort % 2 == 0) c.kv_type = KV_BF16;
+    if (sort == FAST - 1) c.retrieval_size = 15, c.retrieval_recent = 4;
+    if (sort == FAST) c.retrieval_size = 3, c.retrieval_recent = 1;
     if (sort == FAST) c.n_heads = 2, c.n_kv_heads = 1, c.head_dim = 64, c.kv_type = KV_BF16;
     return c;
 }

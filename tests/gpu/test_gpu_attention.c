@@ -10,11 +10,13 @@ enum { N = 75, PROMPT = 43 };
 
 static void describe(char *what, size_t len, struct attention_config c) {
     snprintf(what, len,
-             "kind %d map %d f %d per-query-key-map %d window %d/%d sinks %d cache %d/%d mixing %d "
+             "kind %d map %d f %d per-query-key-map %d window %d/%d sinks %d cache %d/%d retrieval "
+             "%d/%d mixing %d "
              "before-rope %d far %d horizon %d H %d K %d D %d kv %d",
              c.kind, c.map, c.features, c.key_map_per_query_head, c.window, c.window_size, c.sinks,
-             c.cache_size, c.cache_recent, c.mixing, c.map_before_rope, (int)c.max_distance,
-             (int)c.horizon, c.n_heads, c.n_kv_heads, c.head_dim, c.kv_type);
+             c.cache_size, c.cache_recent, c.retrieval_size, c.retrieval_recent, c.mixing,
+             c.map_before_rope, (int)c.max_distance, (int)c.horizon, c.n_heads, c.n_kv_heads,
+             c.head_dim, c.kv_type);
 }
 
 /* A prompt in two pieces, then generated rows beside padding, against the CPU's. */
@@ -95,6 +97,27 @@ static void test_every_position_rule_and_key_type_is_the_cpus(void **state) {
                 if (rope == 2) c.max_distance = 0;
                 check(c, rope ? 100 : 0, false);
             }
+}
+
+/* Retrieval heads have more places than the others, fewer, so many that they never fold. */
+static void test_retrieval_heads_are_the_cpus(void **state) {
+    (void)state;
+    static const int sizes[][4] = {{6, 2, 15, 4}, {6, 0, 15, 15}, {12, 5, 2, 0},
+                                   {6, 2, 80, 9}, {0, 0, 11, 3},  {80, 2, 5, 1}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int per_query = 0; per_query < 2; per_query++) {
+            struct attention_config c = base_config();
+            c.cache_size = sizes[i][0], c.cache_recent = sizes[i][1];
+            c.retrieval_size = sizes[i][2], c.retrieval_recent = sizes[i][3];
+            c.key_map_per_query_head = per_query;
+            c.map_before_rope = (i + (size_t)per_query) % 3 > 0;
+            c.kv_type = (i + (size_t)per_query) % 2 ? KV_BF16 : KV_FP32;
+            c.mixing = i % 2 ? MIXING_LOLCATS : MIXING_UNIFIED;
+            if (!c.map_before_rope) c.max_distance = 0;
+            check(c, 100, i == 1);
+            c.horizon = 0, c.n_kv_heads = 4, c.window_size = 5, c.sinks = 3;
+            check(c, 100, false);
+        }
 }
 
 static void test_softmax_is_the_cpus(void **state) {
@@ -184,7 +207,7 @@ static void test_without_exact_only_the_state_is_rounded(void **state) {
  * after. (A wrong key is off by ten times as much.) */
 static void test_fast_shapes_are_the_cpus_but_for_rounding(void **state) {
     (void)state;
-    for (int sort = 0; sort < 4; sort++) {
+    for (int sort = 0; sort < 6; sort++) {
         struct attention_config c = base_config();
         c.n_heads = 6, c.n_kv_heads = 2, c.head_dim = 64, c.features = 64, c.kv_type = KV_BF16;
         c.window_size = 16, c.cache_size = 20, c.max_distance = 40;
@@ -195,6 +218,8 @@ static void test_fast_shapes_are_the_cpus_but_for_rounding(void **state) {
             c = softmax_config();
             c.head_dim = 128, c.n_heads = 4, c.kv_type = KV_BF16;
         }
+        if (sort == 4) c.retrieval_size = 33, c.retrieval_recent = 7;
+        if (sort == 5) c.retrieval_size = 3, c.mixing = MIXING_LOLCATS;
         struct rig g;
         struct device d;
         rig_open(&g, c, 100, N, 1, false);
@@ -236,6 +261,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_map_window_and_mixing_is_the_cpus),
         cmocka_unit_test(test_every_position_rule_and_key_type_is_the_cpus),
+        cmocka_unit_test(test_retrieval_heads_are_the_cpus),
         cmocka_unit_test(test_softmax_is_the_cpus),
         cmocka_unit_test(test_odd_sizes_are_the_cpus),
         cmocka_unit_test(test_big_heads_are_the_cpus),

@@ -11,7 +11,7 @@ enum { MOST = 256, LAST = RIG_LAYERS - 1 }; /* candidates; the layer whose error
 
 /* Sizes are odd where they may be: windows and caches that fill no tile, F = 96 and its last half
  * chunk. */
-enum { SHAPES = 4, DEFAULT = 3 };
+enum { SHAPES = 5, RETRIEVAL = 3, DEFAULT = 4 };
 static struct attention_config shape_config(int shape) {
     struct attention_config c = base_config();
     c.n_heads = c.n_kv_heads = 1, c.head_dim = 64, c.features = 64, c.kv_type = KV_BF16;
@@ -21,15 +21,18 @@ static struct attention_config shape_config(int shape) {
         c.n_heads = 4, c.n_kv_heads = 2, c.key_map_per_query_head = true;
         c.features = 48, c.window_size = 24, c.cache_size = 9, c.cache_recent = 0, c.horizon = 0;
     }
+    if (shape == RETRIEVAL)
+        c.n_heads = 4, c.n_kv_heads = 2, c.cache_size = 13, c.cache_recent = 4,
+        c.retrieval_size = 45, c.retrieval_recent = 20;
     if (shape == DEFAULT)
         c.window_size = 64, c.cache_size = 128, c.cache_recent = 32, c.cache_age = 512,
         c.horizon = 200, c.sinks = 1;
     return c;
 }
 
-/* Blocks begin to choose when there have been more keys than places. */
+/* Blocks begin to choose, in all heads, when there have been more keys than places. */
 static int first_choice(const struct attention_config *c) {
-    return (c->cache_size + c->sinks) / c->window_size + 2;
+    return (attention_cache_most(c) + c->sinks) / c->window_size + 2;
 }
 
 /* ---- the rule, on the CPU's scores ---- */
@@ -63,10 +66,9 @@ static double nth_largest(const float *x, int n, int nth) { /* nth 0: the larges
 /* kept [n] could be the choice by errors that are within 1e-4 of these.  A key whose error is above
  * the last place's stays; one that is near it may have that place; and of the others none may be
  * passed over for one of lower score by age. */
-static void assert_chosen(const struct attention_config *c, const struct candidates *of,
-                          const bool *kept) {
+static void assert_chosen(const struct room *room, const struct candidates *of, const bool *kept) {
     const double near = 1e-4;
-    int places = c->cache_size - c->cache_recent, sure = 0, n_kept = 0, n_near = 0;
+    int places = room->cache - room->recent, sure = 0, n_kept = 0, n_near = 0;
     double least = places ? nth_largest(of->error, of->n, places - 1) : INFINITY;
     bool is_sure[MOST], is_near[MOST];
     for (int j = 0; j < of->n; j++) {
@@ -77,10 +79,10 @@ static void assert_chosen(const struct attention_config *c, const struct candida
         sure += is_sure[j];
         n_kept += kept[j];
     }
-    assert_int_equal(n_kept, c->cache_size);
+    assert_int_equal(n_kept, room->cache);
     for (int i = 0; i < of->n; i++) {
         if (!kept[i] || is_sure[i]) continue;
-        bool passed_over = !c->cache_recent;
+        bool passed_over = !room->recent;
         for (int j = 0; j < of->n; j++)
             passed_over |= !kept[j] && of->aged[i] < of->aged[j] * (1 - near);
         if (!passed_over) continue;
@@ -164,7 +166,7 @@ static void assert_same_states(struct walk *w, int layer, int kv, int n_folded, 
  * frees them. */
 static float *fetch_errors(struct device *d, int kv, int *n_parts) {
     const struct gpu_shape *s = &d->a->shape;
-    size_t n = (size_t)(s->cache + s->window_size);
+    size_t n = (size_t)(s->most_cache + s->window_size);
     *n_parts = s->state_heads * s->lanes / 16;
     float *got = malloc((size_t)*n_parts * n * sizeof *got);
     gpu_download(gpu, got, d->a->errors + (size_t)kv * (size_t)*n_parts * n,
@@ -177,7 +179,7 @@ static float *fetch_errors(struct device *d, int kv, int *n_parts) {
  * it off by sqrt(F) 2^-24, and e = || r / norm - v ||^2 by 2 sqrt(e) times that; four times that is
  * allowed, and 2^-21 e for the sum of squares.  (That is far below the 1e-4 that choices allow.) */
 static void assert_same_errors(struct walk *w, const struct candidates *of, int kv, double *used) {
-    int n_parts, n = w->g.config.cache_size + w->g.config.window_size;
+    int n_parts, n = attention_cache_most(&w->g.config) + w->g.config.window_size;
     double heads = w->g.a->state_heads, F = w->g.a->shape.features;
     float *got = fetch_errors(&w->fast, kv, &n_parts);
     for (int j = 0; j < of->n; j++) {
@@ -213,12 +215,13 @@ static void check_block(struct walk *w, int64_t at, double *used_S, double *used
         for (int kv = 0; kv < c->n_kv_heads; kv++) {
             bool fast[MOST], exact[MOST];
             const struct candidates *o = &of[layer][kv];
-            assert_int_equal(kept_flags(&w->fast, 0, layer, kv, o, fast), c->cache_size);
+            const struct room *room = room_of(w->g.a, layer, kv);
+            assert_int_equal(kept_flags(&w->fast, 0, layer, kv, o, fast), room->cache);
             kept_flags(&w->exact, 0, layer, kv, o, exact);
-            assert_chosen(c, o, fast);
-            assert_chosen(c, o, exact);
+            assert_chosen(room, o, fast);
+            assert_chosen(room, o, exact);
             if (memcmp(fast, exact, (size_t)o->n * sizeof *fast) == 0)
-                assert_same_states(w, layer, kv, o->n - c->cache_size, used_S);
+                assert_same_states(w, layer, kv, o->n - room->cache, used_S);
         }
 }
 

@@ -18,7 +18,7 @@
 
 #include "tests/emu/emu.h"
 
-enum { LAYERS = 2, LAYER = 1, MOST_SEGMENTS = 40 };
+enum { LAYERS = 2, LAYER = 1, MOST_SEGMENTS = 40, MOST_HEADS = LAYERS * 16 };
 enum { ANSWER, DECODE, GENERATED }; /* which kernels */
 
 static struct gpu *gpu;
@@ -65,6 +65,7 @@ struct setting {
     enum feature_map map;
     enum mixing mixing;
     int w, sinks, cache;
+    int odd_cache; /* of every other head; 0: as the others */
     int64_t max_distance, max_seq_len;
     bool before_rope, no_rope, bias;
 };
@@ -85,6 +86,7 @@ static const struct setting base = {
 
 struct rig {
     struct gpu_shape s;
+    struct gpu_room rooms[MOST_HEADS];
     struct gpu_layer layer;
     struct gpu_rows rows; /* of MOST_SEGMENTS rows */
     struct gpu_segment segments[MOST_SEGMENTS];
@@ -98,7 +100,6 @@ static size_t up(size_t n, size_t to) {
     return (n + to - 1) / to * to;
 }
 
-/* slot.c's layout. */
 static void rig_open(struct rig *r, const struct setting *set, int n_slots) {
     bool softmax = set->kind == ATTENTION_SOFTMAX;
     int D = set->D, F = softmax ? 0 : set->F, n_heads = set->group * set->n_kv_heads;
@@ -113,22 +114,19 @@ static void rig_open(struct rig *r, const struct setting *set, int n_slots) {
     s->window = softmax ? WINDOW_NONE : WINDOW_TERRACED;
     s->kv_bf16 = 1;
     s->window_size = softmax ? 0 : set->w, s->sinks = softmax ? 0 : set->sinks;
-    s->cache = softmax ? 0 : set->cache;
+    s->most_cache = set->odd_cache > set->cache ? set->odd_cache : set->cache;
+    if (softmax) s->most_cache = 0;
     s->ring = softmax ? (int)set->max_seq_len : 2 * set->w;
-    s->entries = s->sinks + s->cache + s->ring;
-    s->tiles = (s->entries + 15) / 16;
+    s->most_entries = s->sinks + s->most_cache + s->ring;
     s->max_seq_len = set->max_seq_len, s->max_distance = softmax ? 0 : set->max_distance;
     s->map_before_rope = set->before_rope, s->rope = !set->no_rope;
     s->S_floats = (size_t)F * (size_t)D, s->state_floats = s->S_floats + (size_t)F;
-    s->keys_bytes = (size_t)s->tiles * 16 * (size_t)D * 2;
-    s->values_bytes = (size_t)s->entries * (size_t)D * 2;
-    s->states = 64;
-    s->keys = s->states + heads * (size_t)s->state_heads * s->state_floats * 4;
-    s->values = s->keys + heads * s->keys_bytes;
-    s->positions = s->values + heads * s->values_bytes;
-    s->turned = up(s->positions + heads * (size_t)s->cache * 8, 64);
-    s->slot_stride = up(s->turned + heads * s->keys_bytes, 64);
-    if (!(s->rope && s->map_before_rope)) s->slot_stride = s->turned, s->turned = s->keys;
+    s->turned = s->rope && s->map_before_rope;
+    assert_true(heads <= MOST_HEADS);
+    for (size_t i = 0; i < heads && !softmax; i++)
+        r->rooms[i].cache = i % 2 && set->odd_cache ? set->odd_cache : set->cache;
+    s->slot_stride = up(gpu_place_rooms(s, r->rooms, heads, 64), 64);
+    s->rooms = device(r->rooms, sizeof r->rooms);
     r->slots_bytes = (size_t)n_slots * s->slot_stride;
     r->slots = malloc(r->slots_bytes);
     memset(r->slots, 0xff, r->slots_bytes);
@@ -166,6 +164,7 @@ static void rig_open(struct rig *r, const struct setting *set, int n_slots) {
 }
 
 static void rig_close(struct rig *r) {
+    gpu_release(gpu, (void *)r->s.rooms);
     gpu_release(gpu, r->at), gpu_release(gpu, r->segments_at), gpu_release(gpu, r->scratch);
     gpu_release(gpu, (void *)r->layer.map_q), gpu_release(gpu, (void *)r->layer.mix);
     gpu_release(gpu, (void *)r->layer.map_q_bias);
@@ -176,8 +175,8 @@ static void rig_close(struct rig *r) {
 
 static void fill_entry(struct rig *r, char *slot, int head, int entry, bool key) {
     const struct gpu_shape *s = &r->s;
-    uint16_t *keys = (uint16_t *)(slot + s->turned + (size_t)head * s->keys_bytes),
-             *values = (uint16_t *)(slot + s->values + (size_t)head * s->values_bytes);
+    uint16_t *keys = (uint16_t *)(slot + r->rooms[head].turned),
+             *values = (uint16_t *)(slot + r->rooms[head].values);
     for (int d = 0; d < s->head_dim; d++) {
         if (key) keys[(entry / 16 * s->head_dim + d) * 16 + entry % 16] = bf16_of(uniform(-1, 1));
         values[entry * s->lanes + d] = bf16_of(uniform(-1, 1));
@@ -197,19 +196,19 @@ static void fill_slot(struct rig *r, int slot_, int64_t position) {
             continue;
         }
         int w = s->window_size, block = position < 0 ? 0 : (int)(position / w);
-        int left = (block - 1) * w - s->sinks, cached = left < s->cache ? left : s->cache;
+        int left = (block - 1) * w - s->sinks, cache = r->rooms[head].cache,
+            cached = left < cache ? left : cache;
         for (int e = 0; e < s->sinks && block >= 2; e++)
             fill_entry(r, slot, head, e, true);
-        int64_t *positions = (int64_t *)(slot + s->positions) + (size_t)head * (size_t)s->cache;
+        int64_t *positions = (int64_t *)(slot + r->rooms[head].positions);
         for (int e = 0; e < cached; e++) { /* every left-th key or so */
             positions[e] = s->sinks + (int64_t)left * e / cached;
             fill_entry(r, slot, head, s->sinks + e, true);
         }
         for (int64_t p = (block ? block - 1 : 0) * w; p <= position; p++)
-            fill_entry(r, slot, head, s->sinks + s->cache + (int)(p % s->ring), true);
-        for (int h = 0; h < s->state_heads && left > s->cache; h++) {
-            float *state = (float *)(slot + s->states) +
-                           ((size_t)head * (size_t)s->state_heads + (size_t)h) * s->state_floats;
+            fill_entry(r, slot, head, s->sinks + cache + (int)(p % s->ring), true);
+        for (int h = 0; h < s->state_heads && left > cache; h++) {
+            float *state = (float *)(slot + r->rooms[head].states) + (size_t)h * s->state_floats;
             uint16_t *hi = (uint16_t *)state;
             for (int f = 0; f < s->features; f++) {
                 float z = uniform(0, 4);
@@ -268,7 +267,7 @@ static float *answers(struct rig *r, int which) {
  * queries and weights also err by 2^-18 of themselves, which a logit's sum over D averages to as
  * much. */
 static float tolerance(const struct gpu_shape *s) {
-    float D = (float)s->head_dim, n = (float)(s->entries + s->features);
+    float D = (float)s->head_dim, n = (float)(s->most_entries + s->features);
     return 4 * 0x1p-24f * (sqrtf(D) + D + sqrtf(n) + 16) + 2 * 0x1p-18f;
 }
 
@@ -358,6 +357,17 @@ static void test_every_rule_of_positions_is_the_general_kernels(void **state) {
     check(&set, false);
 }
 
+/* More places in the second of two heads than in the first, and fewer: views, linear parts and
+ * tiles are a head's own. */
+static void test_heads_with_places_of_their_own_are_the_general_kernels(void **state) {
+    (void)state;
+    struct setting set = base;
+    set.n_kv_heads = 2, set.odd_cache = 75;
+    check(&set, false);
+    set.D = 128, set.group = 1, set.n_kv_heads = 3, set.odd_cache = 4;
+    check(&set, true);
+}
+
 /* Rows at the last of n positions, the longest in the last slot, which ends with its values. */
 static void check_softmax(int D, int group, int64_t max_seq_len, const int64_t *positions, int n) {
     struct setting set = {.kind = ATTENTION_SOFTMAX, .max_seq_len = max_seq_len, .n_kv_heads = 1};
@@ -441,6 +451,9 @@ static void test_bits_are_a_rows_own(void **state) {
     struct setting set = base;
     set.n_kv_heads = 2;
     check_bits(&set, 9 * set.w + 4);
+    set.odd_cache = 60;
+    check_bits(&set, 9 * set.w + 4);
+    set.odd_cache = 0;
     set.D = 128, set.group = 1, set.n_kv_heads = 1, set.F = 32, set.map = MAP_SOFTMAX2;
     set.before_rope = false, set.max_distance = 0, set.bias = true;
     check_bits(&set, 4 * set.w);
@@ -464,7 +477,7 @@ static void test_other_shapes_are_left_alone(void **state) {
         if (i == 4) s.window = WINDOW_SLIDING;
         if (i == 5) s.group = 9;
         if (i == 6) s.f = s.f_lanes = 144, s.features = s.phi_lanes = 288;
-        if (i == 7) s.tiles = 65, s.entries = 65 * 16;
+        if (i == 7) s.most_entries = 65 * 16;
         assert_false(gpu_launch_decode(gpu, &s, &r.layer, r.segments_at, 1, &r.rows));
         assert_false(gpu_launch_generated(gpu, &s, &r.layer, r.segments_at, 1, &r.rows, r.scratch));
         assert_int_equal(gpu_generated_scratch_bytes(&s, 3), 0);
@@ -497,6 +510,7 @@ int main(void) {
         cmocka_unit_test(test_every_map_and_mixing_is_the_general_kernels),
         cmocka_unit_test(test_every_shape_is_the_general_kernels),
         cmocka_unit_test(test_every_rule_of_positions_is_the_general_kernels),
+        cmocka_unit_test(test_heads_with_places_of_their_own_are_the_general_kernels),
         cmocka_unit_test(test_softmax_of_any_length_is_the_general_kernels),
         cmocka_unit_test(test_bits_are_a_rows_own),
         cmocka_unit_test(test_other_shapes_are_left_alone),

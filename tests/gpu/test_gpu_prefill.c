@@ -69,6 +69,7 @@ static void *on_device(const void *from, size_t bytes) {
 
 struct model {
     int D, F, kv_heads, group, w, sinks, cache;
+    int odd_cache; /* of every other kv head; 0: as the others */
     int map, mixing;
     bool softmax, per_query_head, rope, map_after_rope, bias, y_bf16;
     int64_t max_distance;
@@ -76,17 +77,17 @@ struct model {
     int max_seq_len; /* softmax */
 };
 
-enum { LAYERS = 2, LAYER = 1, MOST_SEGMENTS = 5 };
+enum { LAYERS = 2, LAYER = 1, MOST_SEGMENTS = 5, MOST_HEADS = LAYERS * 8 };
 
 struct part { /* rows of a sequence */
     int slot;
     int64_t position;
     int n_rows;
     int sequence; /* whose numbers */
-    int cached;   /* places of the cache in use */
+    int cached;   /* places of the cache in use, at most: as many as there are */
 };
 
-static struct gpu_shape shape_of(const struct model *m) {
+static struct gpu_shape shape_of(const struct model *m, struct gpu_room *rooms) {
     struct gpu_shape s = {
         .n_heads = m->kv_heads * m->group,
         .n_kv_heads = m->kv_heads,
@@ -101,52 +102,50 @@ static struct gpu_shape shape_of(const struct model *m) {
         .kv_bf16 = 1,
         .window_size = m->w,
         .sinks = m->sinks,
-        .cache = m->cache,
+        .most_cache = m->odd_cache > m->cache ? m->odd_cache : m->cache,
         .ring = m->softmax ? m->max_seq_len : 2 * m->w,
         .max_seq_len = m->max_seq_len,
         .max_distance = m->max_distance,
         .map_before_rope = !m->map_after_rope,
         .rope = m->rope,
+        .turned = 1,
     };
     s.f = s.f_lanes = m->F / 2;
     s.features = s.phi_lanes = m->F;
-    s.entries = s.sinks + s.cache + s.ring;
-    s.tiles = (s.entries + 15) / 16;
+    s.most_entries = s.sinks + s.most_cache + s.ring;
     s.S_floats = m->softmax ? 0 : (size_t)m->F * m->D;
     s.state_floats = m->softmax ? 0 : s.S_floats + m->F;
-    s.keys_bytes = (size_t)s.tiles * 16 * m->D * 2;
-    s.values_bytes = (size_t)s.entries * m->D * 2;
     size_t heads = (size_t)LAYERS * s.n_kv_heads;
-    s.states = 64;
-    s.keys = s.states + heads * s.state_heads * s.state_floats * sizeof(float);
-    s.values = s.keys + heads * s.keys_bytes;
-    s.positions = s.values + heads * s.values_bytes;
-    s.turned = s.positions + (heads * s.cache * sizeof(int64_t) + 63) / 64 * 64;
-    s.slot_stride = s.turned + heads * s.keys_bytes + 64;
+    assert_true(heads <= MOST_HEADS);
+    for (size_t i = 0; i < heads; i++)
+        rooms[i] = (struct gpu_room){.cache = i % 2 && m->odd_cache ? m->odd_cache : m->cache};
+    s.slot_stride = (gpu_place_rooms(&s, rooms, heads, 64) + 127) / 64 * 64;
     return s;
 }
 
 /* What a sequence's memory holds for its row at `last`; what that row does not see stays NaN. */
-static void fill_slot(const struct model *m, const struct gpu_shape *s, char *slot,
-                      const struct part *p, int64_t last) {
+static void fill_slot(const struct model *m, const struct gpu_shape *s,
+                      const struct gpu_room *rooms, char *slot, const struct part *p,
+                      int64_t last) {
     int64_t block = m->w ? last / m->w : 0;
     for (int kv = 0; kv < s->n_kv_heads; kv++) {
-        size_t head = (size_t)LAYER * s->n_kv_heads + (size_t)kv;
+        const struct gpu_room *room = &rooms[LAYER * s->n_kv_heads + kv];
+        int cache = room->cache, cached = p->cached < cache ? p->cached : cache;
         uint64_t owner = ((uint64_t)p->sequence * 64 + (uint64_t)kv) << 32;
-        uint16_t *keys = (uint16_t *)(slot + s->turned + head * s->keys_bytes);
-        uint16_t *values = (uint16_t *)(slot + s->values + head * s->values_bytes);
-        int64_t *positions = (int64_t *)(slot + s->positions) + head * (size_t)s->cache;
-        for (int i = 0; i < s->cache; i++)
-            positions[i] = i < p->cached ? s->sinks + 3 * i : -1;
-        for (int e = 0; e < s->entries; e++) {
-            int ring = e - s->sinks - s->cache, half = m->w ? ring / m->w : 0;
+        uint16_t *keys = (uint16_t *)(slot + room->turned);
+        uint16_t *values = (uint16_t *)(slot + room->values);
+        int64_t *positions = (int64_t *)(slot + room->positions);
+        for (int i = 0; i < cache; i++)
+            positions[i] = i < cached ? s->sinks + 3 * i : -1;
+        for (int e = 0; e < s->sinks + cache + s->ring; e++) {
+            int ring = e - s->sinks - cache, half = m->w ? ring / m->w : 0;
             bool sees = false;
             if (m->softmax)
                 sees = e <= last;
             else if (e < s->sinks)
                 sees = block >= 2;
             else if (ring < 0)
-                sees = e - s->sinks < p->cached;
+                sees = e - s->sinks < cached;
             else if (half == block % 2)
                 sees = ring % m->w <= last % m->w;
             else
@@ -160,8 +159,7 @@ static void fill_slot(const struct model *m, const struct gpu_shape *s, char *sl
         }
         if (m->softmax || block < 2) continue;
         for (int h = 0; h < s->state_heads; h++) {
-            float *state = (float *)(slot + s->states) +
-                           (head * (size_t)s->state_heads + (size_t)h) * s->state_floats;
+            float *state = (float *)(slot + room->states) + (size_t)h * s->state_floats;
             uint16_t *hi = (uint16_t *)state;
             float *z = state + s->S_floats;
             for (int f = 0; f < m->F; f++) {
@@ -200,7 +198,8 @@ static void turn(enum what what, uint64_t i, float *cosine, float *sine) {
  * sequence and position.  fast: by gpu_launch_prefill(). */
 static struct answers answer(const struct model *m, const struct part *parts, int n_parts,
                              bool fast) {
-    struct gpu_shape s = shape_of(m);
+    struct gpu_room rooms[MOST_HEADS];
+    struct gpu_shape s = shape_of(m, rooms);
     int D = m->D, half = D / 2, heads = s.n_heads, row = heads * D, max_rows = 0, n_rows = 0;
     struct gpu_segment segments[MOST_SEGMENTS];
     int n_slots = 1;
@@ -219,7 +218,7 @@ static struct answers answer(const struct model *m, const struct part *parts, in
     for (int i = 0; i < n_parts; i++) {
         const struct part *p = &parts[i];
         if (p->slot >= 0)
-            fill_slot(m, &s, slots + (size_t)p->slot * s.slot_stride, p,
+            fill_slot(m, &s, rooms, slots + (size_t)p->slot * s.slot_stride, p,
                       p->position + p->n_rows - 1);
         for (int k = 0; k < p->n_rows; k++, r++) {
             uint64_t at = ((uint64_t)p->sequence << 40) + (uint64_t)(p->position + k) * 8192;
@@ -248,7 +247,8 @@ static struct answers answer(const struct model *m, const struct part *parts, in
          *sines_at = on_device(sines, (size_t)n_rows * (size_t)half * 4),
          *far_at = on_device(far, sizeof far),
          *slots_at = on_device(slots, (size_t)n_slots * s.slot_stride),
-         *segments_at = on_device(segments, sizeof segments);
+         *segments_at = on_device(segments, sizeof segments),
+         *rooms_at = on_device(rooms, sizeof rooms);
     size_t n_y = (size_t)n_rows * y_row, y_bytes = n_y * (m->y_bf16 ? 2 : 4);
     void *y = allocate(y_bytes), *y_at = on_device(y, y_bytes);
 
@@ -258,7 +258,7 @@ static struct answers answer(const struct model *m, const struct part *parts, in
         layer.mix = mix_at;
         if (m->bias) layer.map_q_bias = bias_at;
     }
-    s.slots = slots_at;
+    s.slots = slots_at, s.rooms = rooms_at;
     struct gpu_rows rows = {.q = q_at,
                             .q_row = q_row,
                             .y = y_at,
@@ -285,8 +285,8 @@ static struct answers answer(const struct model *m, const struct part *parts, in
             else
                 assert_true(isnan(v)); /* nothing beside the answers is written */
         }
-    void *device[] = {map_at,   bias_at, mix_at,   q_at,        cosines_at,
-                      sines_at, far_at,  slots_at, segments_at, y_at};
+    void *device[] = {map_at, bias_at,  mix_at,      q_at, cosines_at, sines_at,
+                      far_at, slots_at, segments_at, y_at, rooms_at};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         gpu_release(gpu, device[i]);
     void *host[] = {map, bias, mix, q, cosines, sines, slots, y};
@@ -359,6 +359,17 @@ static void test_agrees_with_fp32_for_every_shape(void **state) {
     agrees(&m, (struct part){0, 128 * 4, 70, 3, 40}, "window 128, four heads");
     m.w = 48;
     agrees(&m, (struct part){0, 48 * 3 + 30, 18, 3, 40}, "window 48");
+}
+
+/* What the second of two heads sees is its own: more places than the first has, and fewer. */
+static void test_agrees_with_fp32_where_heads_have_places_of_their_own(void **state) {
+    (void)state;
+    struct model m = HEDGEHOG;
+    m.kv_heads = 2, m.F = 32, m.odd_cache = 90;
+    agrees(&m, (struct part){0, 64 * 5 + 3, 61, 1, 90}, "90 places beside 40");
+    agrees(&m, (struct part){0, 64 * 3, 20, 1, 90}, "90 places beside 40, nothing folded");
+    m.group = 2, m.odd_cache = 5;
+    agrees(&m, (struct part){0, 64 * 4 + 3, 61, 1, 40}, "5 places beside 40");
 }
 
 static void test_agrees_with_fp32_for_every_map_and_mixing(void **state) {
@@ -497,7 +508,8 @@ static void test_neighbours_and_slots_change_no_bit(void **state) {
 static void test_other_shapes_are_left_to_others(void **state) {
     (void)state;
     struct model m = HEDGEHOG;
-    struct gpu_shape right = shape_of(&m), s;
+    struct gpu_room rooms[MOST_HEADS];
+    struct gpu_shape right = shape_of(&m, rooms), s;
     struct gpu_layer layer = {0};
     struct gpu_rows rows = {.q_row = 4, .y_row = 2};
     struct gpu_segment segment = {0, 0, 1, 0};
@@ -527,6 +539,7 @@ int main(void) {
     }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_agrees_with_fp32_for_every_shape),
+        cmocka_unit_test(test_agrees_with_fp32_where_heads_have_places_of_their_own),
         cmocka_unit_test(test_agrees_with_fp32_for_every_map_and_mixing),
         cmocka_unit_test(test_features_are_not_rounded_before_their_exponential),
         cmocka_unit_test(test_agrees_with_fp32_from_block_to_block),
