@@ -412,13 +412,7 @@ static enum err check_options(const struct model_options *o, char *msg, size_t m
 /* A GPU knows one kind of attention a model. */
 static enum err check_device(struct opening *o) {
     struct model *m = o->m;
-    if (!o->gpu || (!m->info.softmax_layers && !m->info.retrieval)) return OK;
-    if (o->options->device == DEVICE_CUDA && m->info.retrieval)
-        return err_set(
-            o->msg, o->msg_len, ERR_ARG,
-            "%s has retrieval heads with caches of their own, which a GPU cannot do yet: "
-            "run it with --device cpu",
-            o->options->path);
+    if (!o->gpu || !m->info.softmax_layers) return OK;
     if (o->options->device == DEVICE_CUDA)
         return err_set(o->msg, o->msg_len, ERR_ARG,
                        "%s keeps softmax attention in some layers, which a GPU cannot do yet: run "
