@@ -150,6 +150,9 @@ static void test_a_base_that_looks_nothing_up_has_none(void **state) {
 static void test_a_bases_heads_are_found_recorded_and_served(void **state) {
     (void)state;
     const char *base = smollm_base();
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    base = NULL; /* minutes; the test above goes the same way */
+#endif
     if (!base) skip();
     CONVERTED("convert", base, "--text", "tests/data/text", "--length", "600", "--long-every", "0",
               "--steps", "0", "--finetune", "none", "--out", in("found"), "--retrieval-heads", "2",
