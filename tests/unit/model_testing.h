@@ -21,6 +21,7 @@
 
 #define STORIES "models/stories260k-hedgehog"
 #define SMOLLM "models/smollm2-135m-hedgehog"
+#define STUDY "tests/data/models/smollm2-135m-study" /* over the same base; has golden values */
 
 static inline double seconds(void) {
     struct timespec t;

@@ -42,12 +42,13 @@ static struct safetensors *open_file(const char *pattern, const char *model) {
     return st;
 }
 
-static void open_golden(struct golden *g, const char *model, int layer,
+static void open_golden(struct golden *g, const char *folder, const char *model, int layer,
                         struct attention_config config, double rope_base) {
     *g = (struct golden){.config = config};
     struct safetensors *st = open_file("tests/data/golden/%s.safetensors", model);
-    struct safetensors *maps = open_file("models/%s/hedgehog.safetensors", model);
-    char values[40], weights[40], name[60];
+    char values[40], weights[40], name[60], path[100];
+    snprintf(path, sizeof path, "%s/%%s/hedgehog.safetensors", folder);
+    struct safetensors *maps = open_file(path, model);
     snprintf(values, sizeof values, "layer%d", layer);
     snprintf(weights, sizeof weights, "layers.%d.attn", layer);
     int64_t n;
@@ -84,7 +85,7 @@ static void close_golden(struct golden *g) {
 }
 
 static void open_stories(struct golden *g) {
-    open_golden(g, "stories260k-hedgehog", 2,
+    open_golden(g, "models", "stories260k-hedgehog", 2,
                 (struct attention_config){.kind = ATTENTION_HEDGEHOG,
                                           .n_heads = 8,
                                           .n_kv_heads = 4,
@@ -101,7 +102,7 @@ static void open_stories(struct golden *g) {
 }
 
 static void open_smollm2(struct golden *g) {
-    open_golden(g, "smollm2-135m-hedgehog", 12,
+    open_golden(g, "tests/data/models", "smollm2-135m-study", 12,
                 (struct attention_config){.kind = ATTENTION_HEDGEHOG,
                                           .n_heads = 9,
                                           .n_kv_heads = 3,
@@ -299,7 +300,7 @@ static void test_smollm2_keys_rotate_to_the_golden_ones(void **state) {
     (void)state;
     struct golden g;
     open_smollm2(&g);
-    struct safetensors *st = open_file("tests/data/golden/%s.safetensors", "smollm2-135m-hedgehog");
+    struct safetensors *st = open_file("tests/data/golden/%s.safetensors", "smollm2-135m-study");
     float *turned = tensor(st, "layer12", "k", NULL), cosines[32], sines[32], x[64];
     for (int n = 0; n < g.n; n++)
         for (int kv = 0; kv < 3; kv++) {

@@ -161,17 +161,17 @@ static void test_stories_greedy(void **state) {
 static void test_smollm_logits(void **state) {
     (void)state;
     if (!smollm_base()) skip();
-    check_logits("smollm2-135m-hedgehog", options_for(SMOLLM, WEIGHT_FP32, team), "logits",
+    check_logits("smollm2-135m-study", options_for(STUDY, WEIGHT_FP32, team), "logits",
                  "cache");
 }
 
 static void test_smollm_logits_clamped_and_forgetting(void **state) {
     (void)state;
     if (!smollm_base()) skip();
-    struct model_options o = options_for(SMOLLM, WEIGHT_FP32, team);
+    struct model_options o = options_for(STUDY, WEIGHT_FP32, team);
     o.max_distance = 256;
     o.horizon = 128;
-    check_logits("smollm2-135m-hedgehog", o, "clamped.logits", "clamped.cache");
+    check_logits("smollm2-135m-study", o, "clamped.logits", "clamped.cache");
 }
 
 static void test_smollm_softmax_logits(void **state) {
@@ -179,25 +179,25 @@ static void test_smollm_softmax_logits(void **state) {
     if (!smollm_base()) skip();
     struct model_options o = options_for(smollm_base(), WEIGHT_FP32, team);
     o.max_seq_len = 1024;
-    check_logits("smollm2-135m-hedgehog", o, "softmax_logits", NULL);
+    check_logits("smollm2-135m-study", o, "softmax_logits", NULL);
 }
 
 static void test_smollm_greedy(void **state) {
     (void)state;
     if (!smollm_base()) skip();
-    check_greedy("smollm2-135m-hedgehog", options_for(SMOLLM, WEIGHT_FP32, team));
+    check_greedy("smollm2-135m-study", options_for(STUDY, WEIGHT_FP32, team));
 }
 
 /* Own choice of cache: near ties may fall otherwise, so only the mean loss is compared. */
 static void test_smollm_loss_over_8192_tokens(void **state) {
     (void)state;
     if (!smollm_base()) skip();
-    struct safetensors *st = open_golden("smollm2-135m-hedgehog");
+    struct safetensors *st = open_golden("smollm2-135m-study");
     int n;
     int32_t *ids = golden_tokens(st, "long.ids", &n);
     float want[8];
     assert_int_equal(st_decode(want, safetensors_get(st, "long.nll"), 0, 8), OK);
-    struct model_options o = options_for(SMOLLM, WEIGHT_FP32, team);
+    struct model_options o = options_for(STUDY, WEIGHT_FP32, team);
     enum { ROWS = 256 };
     o.max_logits = o.max_rows = ROWS;
     struct model *m = open_with(&o);
