@@ -351,8 +351,19 @@ static struct gpu_rows rows_with_angles(const struct gpu_attention *a,
     };
 }
 
-static struct gpu_chain chain_of(const struct gpu_attention *a, const struct gpu_plan *plan) {
+static struct gpu_chain chain_of(const struct gpu_attention *a, const struct gpu_plan *plan,
+                                 int first_layer, int n_layers) {
+    const struct gpu_room *rooms = a->rooms + (size_t)first_layer * a->shape.n_kv_heads;
+    int least = rooms->cache, most = rooms->cache;
+    for (int i = 1; i < n_layers * a->shape.n_kv_heads; i++) {
+        if (rooms[i].cache < least) least = rooms[i].cache;
+        if (rooms[i].cache > most) most = rooms[i].cache;
+    }
     return (struct gpu_chain){
+        .first_layer = first_layer,
+        .n_layers = n_layers,
+        .least_cache = least,
+        .most_cache = most,
         .shape = a->shape,
         .snapshot = a->snapshot,
         .layers = a->layers_at,
@@ -387,11 +398,10 @@ static void plan_beginning(struct gpu_attention *a, int i, int together, struct 
 static void begin_blocks(struct gpu_attention *a, int n, int layers, int together) {
     static const struct gpu_rows none;
     int keys = a->shape.most_cache + a->shape.window_size;
-    struct gpu_chain c = chain_of(a, &a->generated);
     for (int i = 0; i < n; i += together)
         for (int l = 0; l < a->n_layers; l += layers) {
-            c.first_layer = l;
-            c.n_layers = a->n_layers - l < layers ? a->n_layers - l : layers;
+            int n_layers = a->n_layers - l < layers ? a->n_layers - l : layers;
+            struct gpu_chain c = chain_of(a, &a->generated, l, n_layers);
             c.n_pieces = c.n_blocks = n - i < together ? n - i : together;
             c.pieces = a->generated.pieces_at + i;
             c.blocks = a->generated.blocks_at + i;
@@ -496,9 +506,7 @@ static void answer(struct gpu_attention *a, const struct gpu_shape *shape,
 /* Blocks begin, and each leaves a snapshot; the slots are as after the last row. */
 static void chain_blocks(struct gpu_attention *a, const struct gpu_group *g, int layer,
                          const struct gpu_rows *rows) {
-    struct gpu_chain c = chain_of(a, &a->prompt);
-    c.first_layer = layer;
-    c.n_layers = 1;
+    struct gpu_chain c = chain_of(a, &a->prompt, layer, 1);
     c.pieces += g->piece;
     c.blocks += g->block;
     c.n_pieces = g->n_pieces;

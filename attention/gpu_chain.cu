@@ -282,16 +282,17 @@ DEVICE void recall(const wave_shared &m, const columns &t, const int *key, int n
 
 /* ---- a wave ---- */
 
-/* before: recall alone, of the candidates of the block itself. */
+/* before: recall alone, of the candidates of the block itself.  Heads with up to `others` places
+ * are another kernel's. */
 static __global__ void __launch_bounds__(CHAIN_THREADS, 2)
-    wave_kernel(gpu_chain c, int first_block, int turn, bool before) {
+    wave_kernel(gpu_chain c, int first_block, int turn, bool before, int others) {
     DYNAMIC_SHARED(float, shared);
     const gpu_shape &s = c.shape;
     chain_unit u = chain_unit_at(c, first_block + (int)blockIdx.z / c.n_layers,
                                  (int)blockIdx.z % c.n_layers, (int)blockIdx.y);
-    if (before && !u.block.begins) return;
+    if ((before && !u.block.begins) || u.slot.cache <= others) return;
     wave_shared m = wave_shared_at(s, shared);
-    choice_shared keys = choice_shared_at(s, m.z + s.phi_lanes);
+    choice_shared keys = choice_shared_at(s.most_cache + s.window_size, m.z + s.phi_lanes);
     int tiles = s.lanes / CHAIN_COLUMNS, tile = (int)blockIdx.x % tiles,
         state = (int)blockIdx.x / tiles, c0 = tile * CHAIN_COLUMNS;
     bool writes = !before && tile == 0 && state == 0;
@@ -353,14 +354,17 @@ static __global__ void __launch_bounds__(CHAIN_THREADS, 2)
 
 static void launch_wave(struct gpu *g, const gpu_chain *c, int first, int n, int turn,
                         bool before) {
-    if (n <= 0 || launch_fast_wave(g, c, first, n, turn, before)) return;
+    if (n <= 0) return;
+    int fast = launch_fast_wave(g, c, first, n, turn, before);
+    if (c->most_cache <= fast) return;
     dim3 grid((unsigned)(c->shape.lanes / CHAIN_COLUMNS * c->shape.state_heads),
               (unsigned)c->shape.n_kv_heads, (unsigned)(c->n_layers * n));
-    LAUNCH(g, wave_kernel, grid, CHAIN_THREADS, wave_bytes(c->shape), *c, first, turn, before);
+    LAUNCH(g, wave_kernel, grid, CHAIN_THREADS, wave_bytes(c->shape), *c, first, turn, before,
+           fast);
 }
 
 extern "C" void gpu_launch_recall(struct gpu *g, const struct gpu_chain *chain, int n_blocks) {
-    if (chain->shape.most_cache) launch_wave(g, chain, 0, n_blocks, 0, true);
+    if (chain->most_cache) launch_wave(g, chain, 0, n_blocks, 0, true);
 }
 
 extern "C" void gpu_launch_wave(struct gpu *g, const struct gpu_chain *chain, int wave,

@@ -125,8 +125,9 @@ DEVICE float *chain_errors(const gpu_chain &c, int turn, int piece, int index, i
 
 /* ---- gpu_wave.cu ---- */
 
-/* A wave by tensor cores.  False: not such a shape or device, nothing was done. */
-bool launch_fast_wave(struct gpu *g, const gpu_chain *c, int first_block, int n_blocks, int turn,
-                      bool before);
+/* A wave by tensor cores, of heads with up to so many places; -1: not such a shape or device,
+ * nothing was done. */
+int launch_fast_wave(struct gpu *g, const gpu_chain *c, int first_block, int n_blocks, int turn,
+                     bool before);
 
 #endif

@@ -26,8 +26,8 @@ static inline size_t choice_bytes(int candidates) {
     return n * (2 * sizeof(int64_t) + 5 * sizeof(int)) + (n / 32 + 2) * sizeof(int);
 }
 
-DEVICE choice_shared choice_shared_at(const gpu_shape &s, void *at) { /* 16-byte aligned */
-    int n = (s.most_cache + s.window_size + 6) / 4 * 4; /* scores end in up to three -1 */
+DEVICE choice_shared choice_shared_at(int candidates, void *at) { /* 16-byte aligned */
+    int n = (candidates + 6) / 4 * 4; /* scores end in up to three -1 */
     choice_shared m;
     m.age = (double *)at;
     m.score = (int64_t *)(m.age + n);

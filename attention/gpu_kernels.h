@@ -114,6 +114,7 @@ struct gpu_chain {
     struct gpu_shape shape, snapshot; /* snapshot: slots that hold one layer, n_layers * n_blocks of them */
     const struct gpu_layer *layers;   /* of the model, on the device */
     int first_layer, n_layers;
+    int least_cache, most_cache; /* of these layers' heads */
     const struct gpu_piece *pieces; /* on the device, as blocks */
     const struct gpu_block *blocks;
     int n_pieces, n_blocks, n_keys; /* n_keys: of all pieces */

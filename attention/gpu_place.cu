@@ -61,7 +61,7 @@ DEVICE void place_key(const gpu_chain &c, const gpu_rows &rows, const chain_unit
     if (last && s.turned) write_kv(s, u.here.keys, key_at(s, entry, d), key);
 }
 
-static __global__ void __launch_bounds__(CHAIN_THREADS) place_kernel(gpu_chain c, gpu_rows rows) {
+static __global__ void __launch_bounds__(CHAIN_THREADS, 6) place_kernel(gpu_chain c, gpu_rows rows) {
     const gpu_shape &s = c.shape;
     int block = (int)blockIdx.z / c.n_layers;
     chain_unit u = chain_unit_at(c, block, (int)blockIdx.z % c.n_layers, (int)blockIdx.y);

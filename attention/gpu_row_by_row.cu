@@ -92,7 +92,7 @@ DEVICE void store_row(const gpu_shape &s, const gpu_place &m, const gpu_rows &ro
         store_element(s, m, rows, row, kv_head, entry, d);
 }
 
-static __global__ void __launch_bounds__(ANSWER_THREADS)
+static __global__ void __launch_bounds__(ANSWER_THREADS, 4)
     row_by_row_kernel(gpu_shape s, gpu_layer layer, const gpu_segment *segments, gpu_rows rows) {
     DYNAMIC_SHARED(float, shared);
     gpu_segment segment = segments[blockIdx.y];

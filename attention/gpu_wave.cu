@@ -2,10 +2,11 @@
  * fp32's accuracy.
  *
  *   shapes  not exact; D = 64 or 128, F a multiple of 32 up to 256, bf16 keys and values, windows
- * up to 64 and caches that make up to 192 candidates launch  (parts x tiles of 16 columns of S x
- * state heads, kv heads, layers x blocks), 256 threads, 154 KB of shared memory: a block of threads
- * a processor bound   latency.  See below twin    gpu_chain.cu's wave; memory.c, self_recall(),
- * choose(), fold()
+ *           up to 64; heads whose caches make up to 192 candidates (the others are gpu_chain.cu's)
+ *   launch  (parts x tiles of 16 columns of S x state heads, kv heads, layers x blocks), 256
+ *           threads, 154 KB of shared memory: a block of threads a processor
+ *   bound   latency.  See below
+ *   twin    gpu_chain.cu's wave; memory.c, self_recall(), choose(), fold()
  *
  * Transposed: S^T [16 x f] += v^T [16 x keys] phi [keys x f] with keys as k, then r^T [16 x keys] =
  * S'^T [16 x f] phi^T [f x keys] with f as k, so sums of the first are left operands of the second
@@ -75,18 +76,18 @@ struct fast_shared {
     choice_shared keys;
 };
 
-static size_t fast_bytes(const gpu_shape &s) {
+static size_t fast_bytes(void) {
     return (2 * STAGE_FLOATS + S_WORDS + CHUNK) * 4 + ROWS * VALUE_PITCH * 2 +
-           choice_bytes(s.most_cache + s.window_size);
+           choice_bytes(NEXT_ROWS);
 }
 
-DEVICE fast_shared fast_shared_at(const gpu_shape &s, float *at) {
+DEVICE fast_shared fast_shared_at(float *at) {
     fast_shared m;
     m.stage = at;
     m.S = (uint32_t *)(at + 2 * STAGE_FLOATS);
     m.z = (float *)(m.S + S_WORDS);
     m.values = (uint16_t *)(m.z + CHUNK);
-    m.keys = choice_shared_at(s, m.values + ROWS * VALUE_PITCH);
+    m.keys = choice_shared_at(NEXT_ROWS, m.values + ROWS * VALUE_PITCH);
     return m;
 }
 
@@ -321,8 +322,8 @@ static __global__ void __launch_bounds__(CHAIN_THREADS, 1)
     const gpu_shape &s = c.shape;
     chain_unit u = chain_unit_at(c, first_block + (int)blockIdx.z / c.n_layers,
                                  (int)blockIdx.z % c.n_layers, (int)blockIdx.y);
-    if (before && !u.block.begins) return;
-    fast_shared m = fast_shared_at(s, shared);
+    if ((before && !u.block.begins) || u.slot.cache + s.window_size > NEXT_ROWS) return;
+    fast_shared m = fast_shared_at(shared);
     int tiles = s.lanes / CHAIN_COLUMNS, part = (int)blockIdx.x % parts,
         tile = (int)blockIdx.x / parts % tiles, state = (int)blockIdx.x / parts / tiles;
     bool writes = !before && part == 0, writes_z = writes && tile == 0;
@@ -367,21 +368,22 @@ static __global__ void __launch_bounds__(CHAIN_THREADS, 1)
                                 state, tile));
 }
 
-bool launch_fast_wave(struct gpu *g, const gpu_chain *c, int first_block, int n_blocks, int turn,
-                      bool before) {
+int launch_fast_wave(struct gpu *g, const gpu_chain *c, int first_block, int n_blocks, int turn,
+                     bool before) {
     const gpu_shape &s = c->shape;
     const struct gpu_info *device = gpu_info(g);
-    if (s.exact || !s.kv_bf16 || (s.head_dim != 64 && s.head_dim != 128)) return false;
-    if (s.features % 32 || s.features > 256 || s.window_size > FOLD_ROWS) return false;
-    if (s.most_cache + s.window_size > NEXT_ROWS || fast_bytes(s) > gpu_shared_bytes(device))
-        return false;
+    if (s.exact || !s.kv_bf16 || (s.head_dim != 64 && s.head_dim != 128)) return -1;
+    if (s.features % 32 || s.features > 256 || s.window_size > FOLD_ROWS) return -1;
+    if (fast_bytes() > gpu_shared_bytes(device)) return -1;
+    int most = NEXT_ROWS - s.window_size; /* places */
+    if (c->least_cache > most) return -1;
     int tiles = s.lanes / CHAIN_COLUMNS * s.state_heads, parts = KEY_TILES;
     size_t blocks = (size_t)tiles * s.n_kv_heads * c->n_layers * n_blocks;
     while (parts > 1 && blocks * parts > (size_t)device->n_processors)
         parts--;
     dim3 grid((unsigned)(parts * tiles), (unsigned)s.n_kv_heads,
               (unsigned)(c->n_layers * n_blocks));
-    LAUNCH(g, fast_wave_kernel, grid, CHAIN_THREADS, fast_bytes(s), *c, first_block, turn, before,
+    LAUNCH(g, fast_wave_kernel, grid, CHAIN_THREADS, fast_bytes(), *c, first_block, turn, before,
            parts);
-    return true;
+    return most;
 }
