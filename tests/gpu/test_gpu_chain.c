@@ -11,7 +11,7 @@ enum { MOST = 256, LAST = RIG_LAYERS - 1 }; /* candidates; the layer whose error
 
 /* Sizes are odd where they may be: windows and caches that fill no tile, F = 96 and its last half
  * chunk. */
-enum { SHAPES = 5, RETRIEVAL = 3, DEFAULT = 4 };
+enum { SHAPES = 6, RETRIEVAL = 3, LARGE = 4, DEFAULT = 5 };
 static struct attention_config shape_config(int shape) {
     struct attention_config c = base_config();
     c.n_heads = c.n_kv_heads = 1, c.head_dim = 64, c.features = 64, c.kv_type = KV_BF16;
@@ -24,6 +24,9 @@ static struct attention_config shape_config(int shape) {
     if (shape == RETRIEVAL)
         c.n_heads = 4, c.n_kv_heads = 2, c.cache_size = 13, c.cache_recent = 4,
         c.retrieval_size = 45, c.retrieval_recent = 20;
+    if (shape == LARGE) /* more candidates than tensor cores take, of retrieval heads alone */
+        c.n_heads = c.n_kv_heads = 2, c.features = 32, c.window_size = 24, c.cache_size = 30,
+        c.cache_recent = 8, c.retrieval_size = 170, c.retrieval_recent = 40, c.horizon = 200;
     if (shape == DEFAULT)
         c.window_size = 64, c.cache_size = 128, c.cache_recent = 32, c.cache_age = 512,
         c.horizon = 200, c.sinks = 1;

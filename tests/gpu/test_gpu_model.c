@@ -254,10 +254,9 @@ static void bits_do_not_depend_on_the_batch(void **state) {
 
 /* ---- slots ---- */
 
-static void sequences_move_between_devices(void **state) {
-    (void)state;
-    struct model *cpu = open_on(DEVICE_CPU, STORIES, WEIGHT_FP32, 2),
-                 *gpu = open_on(DEVICE_CUDA, STORIES, WEIGHT_FP32, 2);
+static void check_moves(const char *path) {
+    struct model *cpu = open_on(DEVICE_CPU, path, WEIGHT_FP32, 2),
+                 *gpu = open_on(DEVICE_CUDA, path, WEIGHT_FP32, 2);
     int32_t ids[N];
     read_text(cpu, ids);
     float *want = malloc(N * VOCAB * sizeof *want), *got = malloc(N * VOCAB * sizeof *got);
@@ -283,6 +282,41 @@ static void sequences_move_between_devices(void **state) {
     assert_true(model_slot_position(gpu, 0) == 0);
     free(saved), free(want), free(got);
     model_close(cpu), model_close(gpu);
+}
+static void sequences_move_between_devices(void **state) {
+    (void)state;
+    check_moves(STORIES);
+}
+
+/* More places than the others have in one kv head of a layer, two of another, none of the rest. */
+static void retrieval_heads_have_their_places_on_either_device(void **state) {
+    (void)state;
+    static const char *const files[] = {"config.json", "model.safetensors", "hedgehog.safetensors",
+                                        "tokenizer.json", "tokenizer_config.json"};
+    static const char score[] = "\"self_recall\"";
+    char folder[] = "/tmp/urchin-retrieval-XXXXXX", path[PATH_MAX], from[PATH_MAX], whole[PATH_MAX];
+    char text[2048], with[2400];
+    assert_non_null(mkdtemp(folder));
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        tiny_path(from, STORIES, files[i]), tiny_path(path, folder, files[i]);
+        assert_non_null(realpath(from, whole));
+        assert_int_equal(symlink(whole, path), 0);
+    }
+    FILE *f = fopen(STORIES "/urchin.json", "r");
+    assert_non_null(f);
+    text[fread(text, 1, sizeof text - 1, f)] = 0;
+    fclose(f);
+    const char *rest = strstr(text, score);
+    assert_non_null(rest);
+    rest += strlen(score);
+    snprintf(with, sizeof with,
+             "%.*s,\"age\":64,\"retrieval\":{\"size\":41,\"recent\":8,"
+             "\"heads\":[[0,1],[2,0],[2,3]]}%s",
+             (int)(rest - text), text, rest);
+    tiny_path(path, folder, "urchin.json"), write_text(path, with);
+    check_exact(folder, 100, N);
+    check_moves(folder);
+    tiny_remove(folder);
 }
 
 static void a_copy_goes_its_own_way(void **state) {
@@ -402,6 +436,7 @@ int main(void) {
         cmocka_unit_test(fp8_needs_a_card_that_multiplies_it),
         cmocka_unit_test(bits_do_not_depend_on_the_batch),
         cmocka_unit_test(sequences_move_between_devices),
+        cmocka_unit_test(retrieval_heads_have_their_places_on_either_device),
         cmocka_unit_test(a_copy_goes_its_own_way),
         cmocka_unit_test(greedy_draws_are_the_highest_logits),
         cmocka_unit_test(layers_that_kept_softmax_run_on_the_cpu_or_not_at_all),
