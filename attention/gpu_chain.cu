@@ -30,9 +30,11 @@ enum {
 enum { KEY_TILE = 64, MAP_COLUMNS = 32, D_STEP = 16 };
 
 /* u = x W of KEY_TILE keys and all f, MAP_COLUMNS at a time. */
-static __global__ void __launch_bounds__(CHAIN_THREADS) prepare_kernel(gpu_chain c, gpu_rows rows) {
+static __global__ void __launch_bounds__(CHAIN_THREADS, 4)
+    prepare_kernel(gpu_chain c, gpu_rows rows) {
     __shared__ float keys[D_STEP][KEY_TILE + 4];
     __shared__ float maps[D_STEP][MAP_COLUMNS];
+    __shared__ key_source sources[KEY_TILE];
     const gpu_shape &s = c.shape;
     int index = (int)blockIdx.z % c.n_layers, kv_head = (int)blockIdx.y;
     gpu_piece piece = c.pieces[blockIdx.z / c.n_layers];
@@ -46,6 +48,9 @@ static __global__ void __launch_bounds__(CHAIN_THREADS) prepare_kernel(gpu_chain
     const float *map = layer.map_k + head * s.head_dim * s.f_lanes;
     const float *bias = layer.map_k_bias ? layer.map_k_bias + head * s.f_lanes : NULL;
     float *phi = chain_phi(c, piece, index, kv_head, state);
+    for (int j = threadIdx.x; j < end - first; j += CHAIN_THREADS)
+        sources[j] = source_of(s, piece, slot, first + j);
+    __syncthreads();
 
     int j0 = (int)threadIdx.x / 16 * 4, c0 = (int)threadIdx.x % 16 * 2;
     for (int f0 = 0; f0 < s.f; f0 += MAP_COLUMNS) {
@@ -55,7 +60,7 @@ static __global__ void __launch_bounds__(CHAIN_THREADS) prepare_kernel(gpu_chain
                 int j = first + i / D_STEP, d = d0 + i % D_STEP;
                 float x = 0;
                 if (j < end && d < s.head_dim)
-                    x = key_element(s, slot, rows, source_of(s, piece, slot, j), kv_head, d);
+                    x = key_element(s, slot, rows, sources[i / D_STEP], kv_head, d);
                 keys[i % D_STEP][i / D_STEP] = x;
             }
             for (int i = threadIdx.x; i < MAP_COLUMNS * D_STEP; i += CHAIN_THREADS) {
@@ -90,9 +95,9 @@ static __global__ void __launch_bounds__(CHAIN_THREADS) prepare_kernel(gpu_chain
     if (state > 0) return;
     float *values = chain_values(c, piece, index, kv_head);
     for (int i = threadIdx.x; i < (end - first) * s.lanes; i += CHAIN_THREADS) {
-        int j = first + i / s.lanes, d = i % s.lanes;
-        key_source from = source_of(s, piece, slot, j);
-        values[(size_t)j * s.lanes + d] = value_element(s, slot, rows, from, kv_head, d);
+        int j = i / s.lanes, d = i % s.lanes;
+        values[(size_t)(first + j) * s.lanes + d] =
+            value_element(s, slot, rows, sources[j], kv_head, d);
     }
 }
 
