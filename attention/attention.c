@@ -149,7 +149,7 @@ static uint64_t fingerprint(const struct attention *a) {
     uint64_t hash = 0xcbf29ce484222325u;
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         hash = mix_in(hash, fields[i]);
-    for (int i = 0; c->retrieval_size && i < a->n_layers * c->n_kv_heads; i++)
+    for (int i = 0; i < a->n_layers * c->n_kv_heads; i++)
         if (a->rooms[i].retrieval)
             hash = mix_in(mix_in(mix_in(hash, i), c->retrieval_size), c->retrieval_recent);
     return hash;

@@ -2,7 +2,7 @@
  * remembers once for all its query heads.
  *
  *   shapes  D 64 or 128, F a multiple of 32 up to 256, up to 8 query heads of a kv head, bf16 keys;
- *           terraced windows of up to 1,024 entries, and softmax of any length
+ *           terraced windows of up to 8,192 entries by query heads of a kv head, and softmax of any length
  *   launch  (groups of segments, kv heads, 1 or shares of a softmax sequence), 256 threads: as many
  *           blocks as the device holds at once, each with up to 16 segments one after the other
  *   bound   bytes: 4 D of every entry in sight (in tiles of 16), 2 F D of every state head, 4 F of
@@ -454,7 +454,7 @@ int most_tiles(const gpu_shape &s) {
 bool decode_takes(const gpu_shape &s) {
     bool hedgehog = s.kind == ATTENTION_HEDGEHOG && s.window == WINDOW_TERRACED &&
                     s.features % 32 == 0 && s.features <= 256 && s.features == 2 * s.f &&
-                    s.f == s.f_lanes && most_tiles(s) <= TERRACED_TILES;
+                    s.f == s.f_lanes && 16 * most_tiles(s) * s.group <= TERRACED_LOGITS;
     return (hedgehog || (s.kind == ATTENTION_SOFTMAX)) && (s.head_dim == 64 || s.head_dim == 128) &&
            s.kv_bf16 && !s.exact && s.group <= MAX_GROUP &&
            (s.state_heads == 1 || s.state_heads == s.group);
@@ -470,7 +470,7 @@ template <int D, bool SOFTMAX> static void launch(struct gpu *g, decode_job &j) 
         return here;
     };
     size_t F = SOFTMAX ? 0 : (size_t)s.features, group = (size_t)s.group;
-    j.piece_tiles = SOFTMAX ? SOFTMAX_TILES : TERRACED_TILES;
+    j.piece_tiles = SOFTMAX ? SOFTMAX_TILES : most_tiles(s);
     j.pitch = 16 * (most_tiles(s) < j.piece_tiles ? most_tiles(s) : j.piece_tiles);
     size_t work = group * j.pitch; /* floats */
     if (work < 4 * group * D) work = 4 * group * D;

@@ -21,7 +21,7 @@ enum { DECODE_THREADS = 256, DECODE_WARPS = DECODE_THREADS / 32 };
 enum { MAX_UNITS = 16 };                          /* of a block */
 enum { MAX_GROUP = 8 };                           /* query heads of a kv head */
 enum { MAX_SPLITS = 16 };                         /* blocks that share a long softmax sequence */
-enum { SOFTMAX_TILES = 16, TERRACED_TILES = 64 }; /* of a piece; of a memory, which is one piece */
+enum { SOFTMAX_TILES = 16, TERRACED_LOGITS = 8192 }; /* tiles of a piece; of a memory, which is one piece, logits of all query heads */
 /* Projections u = x W are sums of so many parts of the dimensions: (0 + 1) + (2 + 3), then the
  * bias. */
 enum { PROJECTION_PARTS = 4 };

@@ -366,6 +366,9 @@ static void test_heads_with_places_of_their_own_are_the_general_kernels(void **s
     check(&set, false);
     set.D = 128, set.group = 1, set.n_kv_heads = 3, set.odd_cache = 4;
     check(&set, true);
+    set = base; /* the default model's retrieval heads */
+    set.n_kv_heads = 2, set.w = 64, set.sinks = 1, set.cache = 128, set.odd_cache = 1024, set.max_distance = 1024;
+    check(&set, false);
 }
 
 /* Rows at the last of n positions, the longest in the last slot, which ends with its values. */
@@ -477,7 +480,7 @@ static void test_other_shapes_are_left_alone(void **state) {
         if (i == 4) s.window = WINDOW_SLIDING;
         if (i == 5) s.group = 9;
         if (i == 6) s.f = s.f_lanes = 144, s.features = s.phi_lanes = 288;
-        if (i == 7) s.most_entries = 65 * 16;
+        if (i == 7) s.most_entries = 8192 / 3 + 16;
         assert_false(gpu_launch_decode(gpu, &s, &r.layer, r.segments_at, 1, &r.rows));
         assert_false(gpu_launch_generated(gpu, &s, &r.layer, r.segments_at, 1, &r.rows, r.scratch));
         assert_int_equal(gpu_generated_scratch_bytes(&s, 3), 0);
