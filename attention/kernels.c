@@ -193,18 +193,34 @@ static void self_recall(const struct shape *s, float *error, float *recalled, co
     }
 }
 
-/* By counting who comes before whom: no branches, and n is a few hundred. */
+static int count_from(const double *score, int n, int64_t least) {
+    int count = 0;
+    for (int j = 0; j < n; j++) {
+        int64_t bits;
+        memcpy(&bits, score + j, sizeof bits);
+        count += bits >= least;
+    }
+    return count;
+}
+
+/* Doubles that are not negative order as their bits do: halving finds those of the last that is
+ * kept. */
 static void keep_largest(bool *keep, double *score, int n, int count) {
+    int64_t last = 0, beyond = INT64_MAX; /* at least count scores from last on, fewer from beyond */
     for (int j = 0; j < n; j++)
         if (keep[j]) score[j] = -1; /* before nobody */
+    while (beyond - last > 1) {
+        int64_t middle = last + (beyond - last) / 2;
+        if (count_from(score, n, middle) >= count)
+            last = middle;
+        else
+            beyond = middle;
+    }
+    int equals = count - count_from(score, n, beyond);
     for (int j = 0; j < n; j++) {
-        if (keep[j]) continue;
-        int64_t before = 0;
-        for (int i = 0; i < j; i++)
-            before += score[i] >= score[j];
-        for (int i = j + 1; i < n; i++)
-            before += score[i] > score[j];
-        keep[j] = before < count;
+        int64_t bits;
+        memcpy(&bits, score + j, sizeof bits);
+        if (bits >= beyond || (bits == last && equals-- > 0)) keep[j] = true;
     }
 }
 
