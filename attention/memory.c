@@ -235,7 +235,7 @@ static void choose(const struct attention *a, int layer, int kv_head, struct mem
 static const int64_t *imposed_set(const struct attention *a, int layer, int kv_head, int64_t b) {
     if (!a->imposed || b >= a->imposed_blocks) return NULL;
     size_t head = (size_t)layer * a->config.n_kv_heads + kv_head;
-    return a->imposed + (head * a->imposed_blocks + (size_t)b) * a->layout.most_cache;
+    return a->imposed + (head * a->imposed_blocks + (size_t)b) * attention_cache_most(&a->config);
 }
 
 static bool contains(const int64_t *set, int n, int64_t x) {

@@ -488,7 +488,10 @@ static enum err find_retrieval_heads(struct conversion *c) {
             fprintf(stderr, "retrieval heads: none, no head of the base looks facts up\n");
         recipe_take_retrieval(r, flags, n_layers);
         r->n_retrieval = n;
-        if (!n) r->attention.retrieval_size = r->attention.retrieval_recent = 0;
+        if (!n) {
+            r->attention.retrieval_size = r->attention.retrieval_recent = 0;
+            recipe_without_retrieval(r, c->settings);
+        }
     }
     retrieval_end(&found);
     free(flags);

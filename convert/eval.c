@@ -92,6 +92,7 @@ static enum err open_models(struct eval *e) {
 
     if (s->against) {
         options_of(&o, e);
+        o.retrieval_size = -1; /* a dial of the model that is measured */
         bool base = !strcmp(s->against, "base");
         if (base && !info->base_path)
             return FAIL(e, ERR_ARG, "--against base: %s is not an adapter, so it names no base",

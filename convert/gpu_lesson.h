@@ -42,7 +42,7 @@ void gpu_lesson_begin(struct gpu_lesson *l, const struct lesson *lesson);
  * Of the rows, first_row .. first_row + n_taken - 1 are tokens of this step. */
 void gpu_lesson_take(struct gpu_lesson *l, int layer, const float *qkv, int at, int n, int first_row, int n_taken);
 
-/* Tests: the whole as lesson.h has it, into host memory; waits.  ERR_DEVICE. */
+/* The whole as lesson.h has it, into host memory; waits.  ERR_DEVICE. */
 enum err gpu_lesson_download(struct gpu_lesson *l, float *kv, float *q);
 
 #endif

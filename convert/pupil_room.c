@@ -90,9 +90,12 @@ static size_t lay_out(struct pupil *p, const struct base_config *c,
     return at.n;
 }
 
-static size_t softmax_slot_bytes(const struct base_config *c,
-                                 int max_tokens) { /* about: keys turned or not, values */
-    return 3 * sizeof(float) * (size_t)(c->n_kv_heads * c->head_dim) * (size_t)max_tokens;
+/* About: keys turned or not, and values, of a softmax layer or of one whose heads have the most places. */
+static size_t slot_bytes(const struct base_config *c, const struct attention_config *a,
+                         int max_tokens) {
+    int entries = a->sinks + attention_cache_most(a) + 2 * a->window_size;
+    return 3 * sizeof(float) * (size_t)(c->n_kv_heads * c->head_dim) *
+           (size_t)(entries > max_tokens ? entries : max_tokens);
 }
 
 /* All keys of a sequence are in the window, and the one feature of a map never counts. */
@@ -115,7 +118,7 @@ size_t pupil_bytes(const struct base_config *c, const struct attention_config *a
     size_t of_thread = attention_back_scratch_bytes(a, max_tokens);
     if (any_softmax) of_thread += attention_back_scratch_bytes(&exact, max_tokens);
     return lay_out(&p, c, a, max_tokens, max_rank, NULL) + 2 * gemm_scratch_bytes(n_threads) +
-           (size_t)n_threads * of_thread + softmax_slot_bytes(c, max_tokens);
+           (size_t)n_threads * of_thread + slot_bytes(c, a, max_tokens);
 }
 
 enum err pupil_attention(struct attention **out, const struct pupil *p,
@@ -132,18 +135,21 @@ enum err pupil_attention(struct attention **out, const struct pupil *p,
     return attention_new(out, &p->attention, &maps, 1, p->rope, p->team, rows, 1);
 }
 
-/* A slot that fits either kind of attention.  Before `kept` is set: layer 0 is then Hedgehog's. */
+/* A slot that fits either kind of attention, in any layer.  Before `kept` is set: w means Hedgehog's. */
 static bool take_slot(struct pupil *p) {
-    float *maps = calloc(p->layer_params, sizeof *maps); /* any will do */
+    size_t layers = (size_t)p->config.n_layers;
+    float *maps = calloc(layers * p->layer_params, sizeof *maps); /* any will do */
     struct pupil_weights w = {.maps = maps};
-    for (int kind = 0; maps && kind < 2; kind++) {
+    bool all = maps;
+    for (int i = -1; all && i < (int)layers; i++) {
         struct attention *a;
-        if (pupil_attention(&a, p, kind ? &w : NULL, 0)) break;
+        all = pupil_attention(&a, p, i < 0 ? NULL : &w, i < 0 ? 0 : i) == OK;
+        if (!all) break;
         if (attention_slot_bytes(a) > p->slot_bytes) p->slot_bytes = attention_slot_bytes(a);
         attention_free(a);
-        if (kind) p->slot = memory_map(p->slot_bytes);
     }
     free(maps);
+    if (all) p->slot = memory_map(p->slot_bytes);
     return p->slot;
 }
 
@@ -173,9 +179,9 @@ enum err pupil_new(struct pupil **out, const struct pupil_options *o) {
     p->back = calloc((size_t)team_size(o->team), sizeof(struct attention_back_scratch *));
     bool all = p->block && p->back && gemm_scratch_new(&p->gemm, o->team, o->bf16) == OK &&
                gemm_scratch_new(&p->exact, o->team, false) == OK;
+    p->retrieval = o->retrieval;
     if (all) all = take_slot(p);
     p->kept = o->softmax;
-    p->retrieval = o->retrieval;
     if (p->kept) {
         p->back_exact = calloc((size_t)team_size(o->team), sizeof(struct attention_back_scratch *));
         p->no_maps = calloc(student_params(&p->all_exact), sizeof *p->no_maps);

@@ -12,6 +12,7 @@ static const char *const map_names[] = {"exp", "softmax2", "joint_softmax", NULL
 static const char *const window_names[] = {"none", "sliding", "terraced", NULL};
 static const char *const mixing_names[] = {"unified", "lolcats", NULL};
 
+enum { RECENT = 32 }; /* places of a cache that also keeps facts */
 enum { MOST_DISTANCE = 4096 }; /* by default; farther was not worth anything (conversion.md 4.2) */
 
 /* The index of value among names; NULL: otherwise. */
@@ -114,7 +115,7 @@ static enum err read_heads(struct recipe *r, const char *list, const struct base
  * for what is recent. */
 static enum err set_retrieval(struct recipe *r, const struct settings *s,
                               const struct base_config *base, char *msg, size_t msg_len) {
-    enum { SIZE = 1024, ONE_IN = 12, RECENT = 32 };
+    enum { SIZE = 1024, ONE_IN = 12, AGE = 512 };
     struct attention_config *a = &r->attention;
     int n_heads = base->n_layers * base->n_kv_heads;
     enum err e = OK;
@@ -129,11 +130,18 @@ static enum err set_retrieval(struct recipe *r, const struct settings *s,
     if (!a->retrieval_size) r->n_retrieval = r->n_retrieval_heads = 0;
     if (!r->n_retrieval) a->retrieval_size = 0;
     a->retrieval_recent = a->retrieval_size / 32;
+    int usual = strcmp(r->name, "urchin") ? 0 : RECENT;
     a->cache_recent = s->cache_recent >= 0 ? s->cache_recent
                       : r->n_retrieval         ? a->cache_size * 3 / 4
-                      : a->cache_size < RECENT ? a->cache_size
-                                               : RECENT;
+                      : a->cache_size < usual ? a->cache_size
+                                              : usual;
+    if ((a->cache_recent || a->retrieval_recent) && !a->cache_age) a->cache_age = AGE;
     return OK;
+}
+
+void recipe_without_retrieval(struct recipe *r, const struct settings *s) {
+    struct attention_config *a = &r->attention;
+    if (s->cache_recent < 0) a->cache_recent = a->cache_size < RECENT ? a->cache_size : RECENT;
 }
 
 void recipe_mark_retrieval(const struct recipe *r, bool *flags) {
@@ -197,6 +205,12 @@ static enum err set_softmax_layers(struct recipe *r, const char *list,
         if (!recipe_keeps_softmax(r, (int)layers[i])) /* once each */
             r->softmax_layers[r->n_softmax_layers++] = (int)layers[i];
     }
+    for (int i = 0; i < r->n_retrieval_heads; i++)
+        if (recipe_keeps_softmax(r, r->retrieval_heads[i][0]))
+            return err_set(msg, msg_len, ERR_ARG,
+                           "--retrieval-heads names a head of layer %d, which --softmax-layers "
+                           "leaves as it is",
+                           r->retrieval_heads[i][0]);
     qsort(r->softmax_layers, (size_t)r->n_softmax_layers, sizeof *r->softmax_layers, ascending);
     if (r->n_softmax_layers < base->n_layers) return OK;
     return err_set(msg, msg_len, ERR_ARG,

@@ -64,6 +64,9 @@ double recipe_rate(const struct recipe *r, int64_t step); /* stage 1 */
 
 bool recipe_keeps_softmax(const struct recipe *r, int layer);
 
+/* No head was found: the caches of all are for facts too, unless the settings say how many places are recent ones. */
+void recipe_without_retrieval(struct recipe *r, const struct settings *s);
+
 /* Marks layer and kv head in [n_layers][n_kv_heads] flags; and the other way round, as the recipe's retrieval heads. */
 void recipe_mark_retrieval(const struct recipe *r, bool *flags);
 void recipe_take_retrieval(struct recipe *r, const bool *flags, int n_layers);

@@ -442,6 +442,11 @@ static enum err take_retrieval_heads(struct converted *c, char *msg, size_t msg_
                            "%s: attention.cache.retrieval.heads names kv head %d of layer %d, but "
                            "the base has %d layers of %d kv heads",
                            c->name, head, layer, c->n_layers, n_kv);
+        if (c->softmax_layers && c->softmax_layers[layer])
+            return err_set(msg, msg_len, ERR_FORMAT,
+                           "%s: attention.cache.retrieval.heads names a head of layer %d, which "
+                           "attention.softmax_layers has keep softmax",
+                           c->name, layer);
         c->retrieval[(size_t)layer * (size_t)n_kv + (size_t)head] = true;
     }
     return OK;

@@ -126,8 +126,8 @@ static enum err override_attention(struct opening *o, struct attention_config *a
     if (a->kind == ATTENTION_SOFTMAX) {
         if (!any) return OK;
         return err_set(o->msg, o->msg_len, ERR_ARG,
-                       "%s has softmax attention: cache size, recent, age, max distance and "
-                       "horizon are for Hedgehog models",
+                       "%s has softmax attention: cache size, recent, age, retrieval size, "
+                       "max distance and horizon are for Hedgehog models",
                        options->path);
     }
     if (options->max_distance >= 0 && !a->max_distance)

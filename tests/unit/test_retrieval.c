@@ -188,6 +188,10 @@ static void test_named_heads_are_taken_as_they_are(void **state) {
     }
     assert_true(x[0] == 0 && x[1] == 3 && x[2] == 2 && x[3] == 1);
     json_free(record);
+    CONVERTED(CONVERT_SHORT, "--out", in("lolcats"), "--recipe", "lolcats", "--retrieval-heads", "1.1",
+              "--retrieval-size", "40");
+    assert_int_equal(json_size(heads_of("lolcats/urchin.json", &record)), 1);
+    json_free(record);
     CONVERTED(CONVERT_SHORT, "--out", in("none"), "--retrieval-heads", "0");
     assert_null(heads_of("none/urchin.json", &record));
     json_free(record);
@@ -200,6 +204,8 @@ static void test_heads_that_cannot_be_are_named(void **state) {
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
         REFUSED("--retrieval-heads", CONVERT_SHORT, "--out", in("no"), "--retrieval-heads",
                 wrong[i]);
+    REFUSED("--softmax-layers", CONVERT_SHORT, "--out", in("no"), "--retrieval-heads", "2.1",
+            "--softmax-layers", "2");
     REFUSED("terraced", CONVERT_SHORT, "--out", in("no"), "--retrieval-heads", "2", "--window",
             "sliding");
 }
