@@ -1,5 +1,5 @@
-/* conversion.h - a conversion in progress, shared by convert.c (settings to folder, attention transfer) and
- * fine_run.c (fine-tuning). */
+/* conversion.h - a conversion in progress, shared by convert.c (settings to folder, attention transfer),
+ * find_heads.c (retrieval heads) and fine_run.c (fine-tuning). */
 #ifndef URCHIN_CONVERT_CONVERSION_H
 #define URCHIN_CONVERT_CONVERSION_H
 
@@ -34,6 +34,11 @@ double conversion_now(void); /* seconds of the clock */
 
 /* Pack number of a stream, long or not as the recipe has it; pack_free() it. */
 enum err conversion_pack(struct conversion *c, int stream, int64_t number, bool is_long, struct pack *pack);
+/* The base reads it; it must be freed once the lesson is done with. */
+enum err conversion_read(struct conversion *c, int stream, int64_t number, bool is_long, struct pack *pack, struct lesson *lesson,
+                         double *share);
+/* What training says, where a device learns. */
+enum err conversion_learned(struct conversion *c, enum err e);
 bool conversion_is_long(const struct conversion *c, int64_t number);
 
 /* After a step: prints a line now and then (always when `last`), saves now and then.  *stop: the user wants to. */
@@ -41,6 +46,10 @@ enum err conversion_after_step(struct conversion *c, int64_t step, int steps, in
                                const char *what, double loss, double rate, bool *stop);
 enum err conversion_save(struct conversion *c);
 void conversion_tell_memory(void);
+
+/* Finds the recipe's retrieval heads, unless the settings name them.  They are the base's, so it does not matter when; a conversion
+ * that goes on finds the same again. */
+enum err conversion_find_heads(struct conversion *c);
 
 /* Fine-tuning from where run is to the end (or the interruption), and the probe's loss before and after. */
 enum err fine_run(struct conversion *c);

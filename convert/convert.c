@@ -3,9 +3,7 @@
 
 #include "convert/conversion.h"
 #include "convert/files.h"
-#include "convert/gpu_lesson.h"
 #include "convert/merge.h"
-#include "convert/retrieval.h"
 #include "convert/show.h"
 #include "model/converted.h"
 #include "model/options.h"
@@ -221,8 +219,7 @@ enum err conversion_pack(struct conversion *c, int stream, int64_t number, bool 
                        pack, c->msg, c->msg_len);
 }
 
-/* The base reads pack number of a stream; the pack must be freed once the lesson is done with. */
-static enum err read_pack(struct conversion *c, int stream, int64_t number, bool is_long,
+enum err conversion_read(struct conversion *c, int stream, int64_t number, bool is_long,
                           struct pack *pack, struct lesson *lesson, double *share) {
     const struct recipe *r = &c->run.recipe;
     int rows = is_long ? r->long_rows : r->rows;
@@ -234,8 +231,7 @@ static enum err read_pack(struct conversion *c, int stream, int64_t number, bool
     return e;
 }
 
-/* What training says, where a device learns. */
-static enum err learned(struct conversion *c, enum err e) {
+enum err conversion_learned(struct conversion *c, enum err e) {
     if (e == ERR_DEVICE)
         return FAIL(c, e, "%s failed (%s); %s/checkpoint is from before", c->run.base->device,
                     training_device_error(c->run.training), c->folder);
@@ -251,11 +247,11 @@ static enum err probe(struct conversion *c, struct student_sums *out) {
         struct pack pack;
         struct lesson lesson;
         double share;
-        enum err e = read_pack(c, PACK_PROBE, i, false, &pack, &lesson, &share);
+        enum err e = conversion_read(c, PACK_PROBE, i, false, &pack, &lesson, &share);
         if (e) return e;
         e = training_measure(t, &lesson);
         pack_free(&pack);
-        if (e) return learned(c, e);
+        if (e) return conversion_learned(c, e);
         c->run.share += share / PROBES;
     }
     memcpy(out, t->sums, (size_t)t->n_layers * (size_t)t->n_heads * sizeof *out);
@@ -267,11 +263,11 @@ static enum err begin(struct conversion *c) {
     struct pack pack;
     struct lesson lesson;
     double share;
-    enum err e = read_pack(c, PACK_CALIBRATE, 0, false, &pack, &lesson, &share);
+    enum err e = conversion_read(c, PACK_CALIBRATE, 0, false, &pack, &lesson, &share);
     if (e) return e;
     e = training_begin(c->run.training, &lesson);
     pack_free(&pack);
-    if (e) return learned(c, e);
+    if (e) return conversion_learned(c, e);
     if ((e = probe(c, c->run.before))) return e;
     double kl = training_kl(c->run.training, c->run.before);
     if (!isfinite(kl))
@@ -288,7 +284,7 @@ static double seconds_so_far(const struct conversion *c) {
 enum err conversion_save(struct conversion *c) {
     double begun = conversion_now();
     enum err e = training_fetch(c->run.training);
-    if (e) return learned(c, e);
+    if (e) return conversion_learned(c, e);
     e = checkpoint_save(&c->run, seconds_so_far(c), c->msg, c->msg_len);
     c->saved = conversion_now();
     c->saving = c->saved - begun;
@@ -329,12 +325,12 @@ static enum err step(struct conversion *c) {
         struct lesson lesson;
         double share;
         enum err e =
-            read_pack(c, PACK_TRAIN, number, conversion_is_long(c, number), &pack, &lesson, &share);
+            conversion_read(c, PACK_TRAIN, number, conversion_is_long(c, number), &pack, &lesson, &share);
         if (e) return e;
         training_clear_sums(t);
         if ((e = training_learn(t, &lesson))) {
             pack_free(&pack);
-            return learned(c, e);
+            return conversion_learned(c, e);
         }
         point.kl += share * training_kl(t, t->sums) / r->accumulate;
         point.error += training_error(t, t->sums) / r->accumulate;
@@ -343,7 +339,7 @@ static enum err step(struct conversion *c) {
     }
     int layer = 0;
     enum err e = training_step(t, &layer);
-    if (e == ERR_DEVICE) return learned(c, e);
+    if (e == ERR_DEVICE) return conversion_learned(c, e);
     if (e || !isfinite(point.kl))
         return FAIL(c, ERR_ARG,
                     "step %lld: the gradient of layer %d is no number, so training was stopped; "
@@ -422,79 +418,10 @@ static enum err transfer(struct conversion *c) {
         if (e || stop) return e;
     }
     enum err e = training_fetch(run->training);
-    if (e) return learned(c, e);
+    if (e) return conversion_learned(c, e);
     if (run->transferred) return OK;
     e = probe(c, run->after);
     run->transferred = !e;
-    return e;
-}
-
-/* ---- retrieval heads ---- */
-/* A recall text that the base has read, on the host. */
-static enum err look_at(struct conversion *c, struct retrieval *found, const struct pack *pack,
-                        struct lesson lesson) {
-    const struct recipe *r = &c->run.recipe;
-    struct gpu_lesson *device = lesson.device;
-    if (!device) return retrieval_add(found, &r->attention, &lesson, pack, c->team);
-    size_t layers = (size_t)c->run.base->n_layers;
-    float *kv = malloc(layers * (size_t)lesson.n_tokens * device->kv_floats * sizeof *kv),
-          *q = malloc(layers * (size_t)lesson.n_rows * device->q_floats * sizeof *q);
-    enum err e = kv && q ? gpu_lesson_download(device, kv, q) : ERR_NOMEM;
-    lesson.kv = kv;
-    lesson.q = q;
-    if (!e) e = retrieval_add(found, &r->attention, &lesson, pack, c->team);
-    free(kv);
-    free(q);
-    return e;
-}
-
-/* Half of the texts are long, for far is far. */
-static enum err look_for_heads(struct conversion *c, struct retrieval *found) {
-    enum { TEXTS = 16 };
-    enum err e = OK;
-    for (int i = 0; !e && i < TEXTS; i++) {
-        struct pack pack;
-        struct lesson lesson;
-        double share;
-        e = read_pack(c, PACK_RETRIEVAL, i, c->run.recipe.long_every && i % 2, &pack, &lesson,
-                      &share);
-        if (e) return e;
-        e = look_at(c, found, &pack, lesson);
-        pack_free(&pack);
-        if (e) learned(c, e);
-    }
-    return e;
-}
-
-/* They are the base's, so it does not matter when; a conversion that goes on finds the same again.
- */
-static enum err find_retrieval_heads(struct conversion *c) {
-    struct recipe *r = &c->run.recipe;
-    struct retrieval found = {0};
-    int n_layers = c->run.base->n_layers;
-    if (r->n_retrieval == r->n_retrieval_heads) return OK;
-    bool *flags = calloc((size_t)n_layers * (size_t)r->attention.n_kv_heads, sizeof *flags);
-    enum err e = flags ? retrieval_begin(&found, &r->attention, n_layers) : ERR_NOMEM;
-    if (e) no_memory(c);
-    if (!e) e = look_for_heads(c, &found);
-    if (!e) {
-        double least;
-        int n = retrieval_choose(&found, &r->attention, r->softmax_layers, r->n_softmax_layers,
-                                 r->n_retrieval, flags, &least);
-        if (n)
-            fprintf(stderr, "retrieval heads: %d of %d, mass on what they look up %.2f or more\n",
-                    n, n_layers * r->attention.n_kv_heads, least);
-        else
-            fprintf(stderr, "retrieval heads: none, no head of the base looks facts up\n");
-        recipe_take_retrieval(r, flags, n_layers);
-        r->n_retrieval = n;
-        if (!n) {
-            r->attention.retrieval_size = r->attention.retrieval_recent = 0;
-            recipe_without_retrieval(r, c->settings);
-        }
-    }
-    retrieval_end(&found);
-    free(flags);
     return e;
 }
 
@@ -502,7 +429,7 @@ static enum err train(struct conversion *c) {
     c->begun = c->saved = conversion_now();
     c->told = -1e9;
     enum err e = transfer(c);
-    if (!e && !c->interrupted) e = find_retrieval_heads(c);
+    if (!e && !c->interrupted) e = conversion_find_heads(c);
     if (!e) training_leave_device(c->run.training);
     if (e || c->interrupted || c->run.recipe.finetune.method == FINETUNE_NONE) return e;
     teacher_free(c->teacher); /* its room is wanted */

@@ -14,23 +14,6 @@
 
 enum { MAX_AUTO_SLOTS = 256 };
 
-void model_options_init(struct model_options *o) {
-    *o = (struct model_options){
-        .device = DEVICE_CPU,
-        .weights = WEIGHTS_AUTO,
-        .kv_type = KV_BF16,
-        .max_rows = 256,
-        .max_logits = 32,
-        .cache_size = -1,
-        .cache_recent = -1,
-        .cache_age = -1,
-        .retrieval_size = -1,
-        .cache_copies = 1,
-        .max_distance = -1,
-        .horizon = -1,
-    };
-}
-
 /* What model_open gathers on its way; the sentence goes to msg. */
 struct opening {
     const struct model_options *options;

@@ -13,6 +13,23 @@ enum kv_type kv_type_named(const char *name) {
     return strcmp(name, "fp32") == 0 ? KV_FP32 : KV_BF16;
 }
 
+void model_options_init(struct model_options *o) {
+    *o = (struct model_options){
+        .device = DEVICE_CPU,
+        .weights = WEIGHTS_AUTO,
+        .kv_type = KV_BF16,
+        .max_rows = 256,
+        .max_logits = 32,
+        .cache_size = -1,
+        .cache_recent = -1,
+        .cache_age = -1,
+        .retrieval_size = -1,
+        .cache_copies = 1,
+        .max_distance = -1,
+        .horizon = -1,
+    };
+}
+
 void model_options_set(struct model_options *o, const struct settings *s) {
     model_options_init(o);
     o->path = s->model;
