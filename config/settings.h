@@ -67,11 +67,12 @@ struct settings {
     const char *map, *key_map, *map_position, *window, *mixing, *loss, *schedule;
     int window_size, sinks, features;
     int steps, accumulate, length, long_length, long_every, rows, long_rows;
+    int update_rows; /* -1: the recipe's */
     double lr, lr_mix, warmup, init_scale, mse_factor;
     bool join_documents;
     const char *finetune, *finetune_loss; /* NULL: the recipe's */
     const char *finetune_products;
-    int finetune_steps, finetune_accumulate, rank; /* steps -1, others 0: the recipe's */
+    int finetune_steps, finetune_accumulate, finetune_retrieval_size, rank; /* steps -1, others 0: the recipe's */
     double finetune_lr, finetune_lr_maps; /* -1: the recipe's */
     /* bench (see server/bench.h); lists: settings_list */
     const char *n_prompt, *batch, *depth;

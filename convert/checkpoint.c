@@ -12,12 +12,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static const char MAGIC[8] = "urchck2";
+static const char MAGIC[8] = "urchck3";
 
 /* Then identity, and the parts of copy_part().  n_fine 0: fine-tuning has not begun. */
 struct header {
     char magic[8];
-    uint64_t identity_len, n_params, n_sums, step, transferred, n_fine, fine_step;
+    uint64_t identity_len, n_params, n_sums, step, n_updates, transferred, n_fine, fine_step;
     double seconds, share, fine_before;
     char digest[SHA256_HEX]; /* of the parts' digests, one after the other */
 };
@@ -72,6 +72,7 @@ enum err checkpoint_save(const struct run *run, double seconds, char *msg, size_
     struct header h = {.n_params = run->training->n_params,
                        .n_sums = n_sums(run),
                        .step = (uint64_t)run->training->step,
+                       .n_updates = (uint64_t)run->training->n_updates,
                        .transferred = run->transferred,
                        .n_fine = run->fine ? run->fine->n_params : 0,
                        .fine_step = run->fine ? (uint64_t)run->fine->step : 0,
@@ -199,6 +200,7 @@ static enum err read_body(struct run *run, const struct mapped *file, const char
         return OK;
     }
     run->training->step = (int64_t)h.step;
+    run->training->n_updates = (int64_t)h.n_updates;
     run->transferred = h.transferred != 0;
     run->fine_begun = h.fine_step > 0;
     run->seconds = h.seconds;

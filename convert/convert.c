@@ -315,6 +315,42 @@ static enum err check_progress(struct conversion *c) {
         begun, kl, (long long)c->run.training->step, c->folder, c->run.recipe.lr);
 }
 
+static enum err no_number(struct conversion *c, int layer) {
+    return FAIL(c, ERR_ARG,
+                "step %lld: the gradient of layer %d is no number, so training was stopped; "
+                "%s/checkpoint is from before. Try a lower --lr than %g in another --out",
+                (long long)c->run.training->step, layer, c->folder, c->run.recipe.lr);
+}
+
+/* *norm: the gradient's, mean over layers. */
+static enum err update(struct conversion *c, double done, double *norm) {
+    const struct training *t = c->run.training;
+    int layer = 0;
+    enum err e = training_update(c->run.training, done, &layer);
+    if (e == ERR_DEVICE) return conversion_learned(c, e);
+    if (e) return no_number(c, layer);
+    *norm = 0;
+    for (int i = 0; i < t->n_layers; i++)
+        *norm += t->norms[i] / (t->n_layers - c->run.recipe.n_softmax_layers);
+    return OK;
+}
+
+/* All rows at once; or a part of them at a time, spread over the sequence, the maps changed after each. */
+static enum err learn(struct conversion *c, struct lesson *lesson, struct point *point) {
+    int rows = c->run.recipe.update_rows, n = rows ? (lesson->n_rows + rows - 1) / rows : 0;
+    if (n <= 1) n = 1;
+    lesson->n_parts = n;
+    for (lesson->part = 0; lesson->part < n; lesson->part++) {
+        double norm;
+        enum err e = training_learn(c->run.training, lesson);
+        if (e) return conversion_learned(c, e);
+        if (!rows) return OK; /* the step's gradient is not whole yet */
+        if ((e = update(c, (double)lesson->part / n, &norm))) return e;
+        point->norm += norm / n;
+    }
+    return OK;
+}
+
 static enum err step(struct conversion *c) {
     const struct recipe *r = &c->run.recipe;
     struct training *t = c->run.training;
@@ -328,27 +364,23 @@ static enum err step(struct conversion *c) {
             conversion_read(c, PACK_TRAIN, number, conversion_is_long(c, number), &pack, &lesson, &share);
         if (e) return e;
         training_clear_sums(t);
-        if ((e = training_learn(t, &lesson))) {
+        e = learn(c, &lesson, &point);
+        if (e) {
             pack_free(&pack);
-            return conversion_learned(c, e);
+            return e;
         }
         point.kl += share * training_kl(t, t->sums) / r->accumulate;
         point.error += training_error(t, t->sums) / r->accumulate;
         point.tokens += pack.n;
         pack_free(&pack);
     }
-    int layer = 0;
-    enum err e = training_step(t, &layer);
-    if (e == ERR_DEVICE) return conversion_learned(c, e);
-    if (e || !isfinite(point.kl))
-        return FAIL(c, ERR_ARG,
-                    "step %lld: the gradient of layer %d is no number, so training was stopped; "
-                    "%s/checkpoint is from before. Try a lower --lr than %g in another --out",
-                    (long long)t->step, layer, c->folder, r->lr);
+    if (!r->update_rows) {
+        enum err e = update(c, 0, &point.norm);
+        if (e) return e;
+    }
+    if (!isfinite(point.kl)) return no_number(c, 0);
     if (r->mse <= 0) point.error = NAN;
-    for (int i = 0; i < t->n_layers; i++)
-        point.norm += t->norms[i] / (t->n_layers - r->n_softmax_layers);
-    c->run.curve[t->step - 1] = point;
+    c->run.curve[t->step++] = point;
     return check_progress(c);
 }
 

@@ -27,10 +27,11 @@ static int rank_of(const struct recipe *r) {
 size_t finetune_bytes(const struct recipe *r, const struct base *base, int n_threads,
                       int max_tokens) {
     const struct base_config *c = base_config(base);
+    const struct attention_config attention = recipe_finetune_attention(r);
     size_t values = network_bytes(base),
            params = map_params(r, c) + other_params(r, c, values / sizeof(float));
     return values + 4 * params * sizeof(float) +
-           pupil_bytes(c, &r->attention, r->n_softmax_layers > 0, n_threads, max_tokens,
+           pupil_bytes(c, &attention, r->n_softmax_layers > 0, n_threads, max_tokens,
                        rank_of(r));
 }
 
@@ -90,8 +91,9 @@ enum err finetune_new(struct finetune **out, const struct recipe *r, const struc
         f->retrieval = calloc((size_t)c->n_layers * (size_t)c->n_kv_heads, sizeof *f->retrieval);
         if ((all = f->retrieval)) recipe_mark_retrieval(r, f->retrieval);
     }
+    const struct attention_config attention = recipe_finetune_attention(r);
     struct pupil_options o = {.base = f->base,
-                              .attention = &r->attention,
+                              .attention = &attention,
                               .softmax = f->softmax,
                               .retrieval = f->retrieval,
                               .rope = rope,

@@ -97,8 +97,8 @@ struct gpu_rows_args { /* of all layers, query heads and rows; row (l, h, r) is 
     float ce;
     int window, window_size, sinks, mixing; /* as attention.h has them */
     int max_distance; /* 0: the pupil's sinks are the teacher's; else beyond it they count as that far, for which: */
-    const float *q, *k; /* before RoPE: [n_layers] of [n_rows][n_heads D], q_layer apart, and of n_tokens keys, k_row apart */
-    size_t q_layer, k_layer, k_row;
+    const float *q, *k; /* before RoPE: [n_layers] of n_rows of [n_heads D], q_row apart, and of n_tokens keys, k_row apart */
+    size_t q_layer, q_row, k_layer, k_row;
     const float *far_cosines, *far_sines; /* [D / 2] */
 };
 void gpu_weigh(struct gpu *g, const struct gpu_rows_args *args); /* p, s -> p, a, results */

@@ -93,11 +93,12 @@ static void lay_out(const struct gpu_lesson *l, const struct lesson *from, struc
         for (int i = from->first[d]; i < from->first[d + 1]; i++)
             a.positions[i] = i - from->first[d];
     for (int r = 0; r < l->n_rows; r++) {
-        while (from->rows[r] >= from->first[document + 1])
+        int token = from->rows[l->part + r * l->n_parts];
+        while (token >= from->first[document + 1])
             document++;
-        a.rows[r] = from->rows[r];
+        a.rows[r] = token;
         a.first[r] = from->first[document];
-        a.position[r] = from->rows[r] - from->first[document];
+        a.position[r] = token - from->first[document];
     }
     for (int t = 0; t < n_tiles; t++) {
         int last = (t + 1) * GPU_ROW_TILE < l->n_rows ? (t + 1) * GPU_ROW_TILE : l->n_rows;
@@ -115,9 +116,12 @@ static void lay_out(const struct gpu_lesson *l, const struct lesson *from, struc
     }
 }
 
-void gpu_lesson_begin(struct gpu_lesson *l, const struct lesson *lesson) {
+void gpu_lesson_plan(struct gpu_lesson *l, const struct lesson *lesson) {
     l->n_tokens = lesson->n_tokens;
-    l->n_rows = lesson->n_rows;
+    l->n_rows = lesson_n_rows(lesson);
+    l->all_rows = lesson->n_rows;
+    l->part = lesson->part;
+    l->n_parts = lesson_row_step(lesson);
     lay_out(l, lesson, arrays_in(l, l->plan));
     struct arrays a = arrays_in(l, l->plan_at);
     l->rows = a.rows;
@@ -131,7 +135,8 @@ void gpu_lesson_begin(struct gpu_lesson *l, const struct lesson *lesson) {
 
 void gpu_lesson_take(struct gpu_lesson *l, int layer, const float *qkv, int at, int n,
                      int first_row, int n_taken) {
-    size_t row = l->q_floats + l->kv_floats, tokens = (size_t)l->n_tokens, rows = (size_t)l->n_rows;
+    size_t row = l->q_floats + l->kv_floats, tokens = (size_t)l->n_tokens,
+           rows = (size_t)l->all_rows;
     float *kv = l->kv + ((size_t)layer * tokens + (size_t)at) * l->kv_floats,
           *q = l->q + ((size_t)layer * rows + (size_t)first_row) * l->q_floats;
     gpu_take_rows(l->gpu, kv, l->kv_floats, qkv + l->q_floats, row, NULL, 0, n);
@@ -140,7 +145,7 @@ void gpu_lesson_take(struct gpu_lesson *l, int layer, const float *qkv, int at, 
 
 enum err gpu_lesson_download(struct gpu_lesson *l, float *kv, float *q) {
     size_t layers = (size_t)l->n_layers, n_kv = layers * (size_t)l->n_tokens * l->kv_floats,
-           n_q = layers * (size_t)l->n_rows * l->q_floats;
+           n_q = layers * (size_t)l->all_rows * l->q_floats;
     gpu_download(l->gpu, kv, l->kv, n_kv * sizeof *kv);
     gpu_download(l->gpu, q, l->q, n_q * sizeof *q);
     return gpu_wait(l->gpu);

@@ -13,10 +13,11 @@ struct gpu_lesson {
     size_t q_floats, kv_floats; /* of a token: q, and k with v */
 
     /* host, of the lesson at hand */
-    int n_tokens, n_rows;
+    int n_tokens, n_rows;      /* n_rows: that are learned from */
+    int all_rows, part, n_parts; /* as lesson.h has them; n_parts at least 1 */
 
     /* device */
-    float *kv, *q;          /* [n_layers][n_tokens][kv_floats], [n_layers][n_rows][q_floats] */
+    float *kv, *q;          /* [n_layers][n_tokens][kv_floats], [n_layers][all_rows][q_floats] */
     float *cosines, *sines; /* [max_tokens][D / 2] of positions; NULL: no RoPE */
     float *far_cosines, *far_sines; /* [D / 2] of max_distance */
     /* what lay_out() has put down, of which plan is the host's copy: */
@@ -34,9 +35,9 @@ enum err gpu_lesson_new(struct gpu_lesson **out, struct gpu *g, const struct att
 void gpu_lesson_free(struct gpu_lesson *l); /* NULL is fine */
 size_t gpu_lesson_bytes(const struct attention_config *c, int n_layers, int max_tokens, int max_rows);
 
-/* A lesson begins: n_tokens, n_rows, documents and rows of *lesson, which are read before this returns.  Between two of these
- * the host waits for the device. */
-void gpu_lesson_begin(struct gpu_lesson *l, const struct lesson *lesson);
+/* A lesson begins, or another part of one: n_tokens, documents and rows of *lesson, which are read before this returns.  Between
+ * two of these the host waits for the device.  Tokens are taken while the whole is the part. */
+void gpu_lesson_plan(struct gpu_lesson *l, const struct lesson *lesson);
 
 /* What one layer attends with in a step that reads tokens at .. at + n - 1: qkv [n][(n_heads + 2 n_kv_heads) D] on the device.
  * Of the rows, first_row .. first_row + n_taken - 1 are tokens of this step. */

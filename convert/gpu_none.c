@@ -21,7 +21,7 @@ size_t gpu_lesson_bytes(const struct attention_config *c, int n_layers, int max_
     assert(0);
     return 0;
 }
-void gpu_lesson_begin(struct gpu_lesson *l, const struct lesson *lesson) {
+void gpu_lesson_plan(struct gpu_lesson *l, const struct lesson *lesson) {
     (void)l, (void)lesson;
     assert(0);
 }

@@ -86,7 +86,8 @@ DEVICE row_place place_of(const gpu_rows_args &r) {
 /* q . k of a sink that counts as max_distance behind: q turned so far, k not turned; by a warp. */
 DEVICE float far_product(const gpu_rows_args &r, const row_place &p, int sink, int lane) {
     const int D = r.head_dim, half = D / 2;
-    const float *q = r.q + (size_t)p.layer * r.q_layer + ((size_t)p.row * r.n_heads + p.head) * D;
+    const float *q = r.q + (size_t)p.layer * r.q_layer + (size_t)p.row * r.q_row +
+                     (size_t)p.head * D;
     const float *k = r.k + (size_t)p.layer * r.k_layer + (size_t)(p.first + sink) * r.k_row +
                      (size_t)(p.head / (r.n_heads / r.n_kv_heads)) * D;
     float sum = 0;

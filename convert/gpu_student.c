@@ -203,8 +203,8 @@ struct wave {
     bool gradients, outputs, pull; /* pull: outputs are in the loss */
     struct room r;
     size_t map, columns;
-    /* operands: what attends, what maps see, projections, features */
-    struct gpu_operand q, k, v, xq, x, map_q, map_k, uq, u, phi_q, phi, p, s_, a, ev, y, y_teacher;
+    /* operands: queries as they were read, what attends, what maps see, projections, features */
+    struct gpu_operand q_read, q, k, v, xq, x, map_q, map_k, uq, u, phi_q, phi, p, s_, a, ev, y, y_teacher;
 };
 
 /* heads matrices of n rows, row floats each, one after the other in every layer. */
@@ -232,12 +232,16 @@ static void take_operands(struct wave *w) {
     const struct gpu_lesson *l = w->lesson;
     const struct room *r = &w->r;
     size_t T = (size_t)l->n_tokens, R = (size_t)l->n_rows, D = (size_t)c->head_dim,
-           f = (size_t)c->features, kv = (size_t)c->n_kv_heads * D, first = (size_t)w->first;
+           f = (size_t)c->features, kv = (size_t)c->n_kv_heads * D, first = (size_t)w->first,
+           all = (size_t)l->all_rows;
     int H = c->n_heads;
     float *params = s->params + first * s->n_params;
     w->map = D * f;
     w->columns = columns_of(l->n_tokens);
-    w->xq = side_by_side(l->q + first * R * l->q_floats, R, l->q_floats, D);
+    w->q_read =
+        side_by_side(l->q + (first * all + (size_t)l->part) * l->q_floats, all, l->q_floats, D);
+    w->q_read.row *= (size_t)l->n_parts;
+    w->xq = w->q_read;
     w->x = side_by_side(l->kv + first * T * l->kv_floats, T, l->kv_floats, D);
     w->v = w->x;
     w->v.at += kv;
@@ -269,7 +273,7 @@ static void take_operands(struct wave *w) {
 static void turn(const struct wave *w) {
     const struct attention_config *c = &w->s->c;
     const struct gpu_lesson *l = w->lesson;
-    size_t T = (size_t)l->n_tokens, R = (size_t)l->n_rows, first = (size_t)w->first;
+    size_t T = (size_t)l->n_tokens, first = (size_t)w->first;
     struct gpu_turn t = {.y = w->r.turned_k,
                          .x = l->kv + first * T * l->kv_floats,
                          .x_layer = T * l->kv_floats,
@@ -284,9 +288,9 @@ static void turn(const struct wave *w) {
     if (!l->cosines) return;
     gpu_turn_rows(w->s->gpu, &t);
     t.y = w->r.turned_q;
-    t.x = l->q + first * R * l->q_floats;
-    t.x_layer = R * l->q_floats;
-    t.x_row = l->q_floats;
+    t.x = w->q_read.at;
+    t.x_layer = w->q_read.layer;
+    t.x_row = w->q_read.row;
     t.rows = l->rows;
     t.n = l->n_rows;
     t.n_heads = c->n_heads;
@@ -399,6 +403,7 @@ static void learn(const struct wave *w) {
         .q = w->xq.at,
         .k = w->x.at,
         .q_layer = w->xq.layer,
+        .q_row = w->xq.row,
         .k_layer = w->x.layer,
         .k_row = w->x.row,
         .far_cosines = l->far_cosines,
@@ -464,10 +469,10 @@ enum err gpu_student_learn(struct gpu_student *s, const struct gpu_lesson *lesso
 enum err gpu_student_largest(struct gpu_student *s, const struct gpu_lesson *lesson, float *queries,
                              float *keys) {
     int H = s->c.n_heads, KV = s->c.n_kv_heads, D = s->c.head_dim, L = s->n_layers;
-    size_t T = (size_t)lesson->n_tokens, R = (size_t)lesson->n_rows, n_q = (size_t)L * (size_t)H,
+    size_t T = (size_t)lesson->n_tokens, R = (size_t)lesson->all_rows, n_q = (size_t)L * (size_t)H,
            n_k = (size_t)L * (size_t)KV;
     gpu_largest(s->gpu, s->most, lesson->q, R * lesson->q_floats, lesson->q_floats, L,
-                lesson->n_rows, H, D);
+                lesson->all_rows, H, D);
     gpu_largest(s->gpu, s->most + n_q, lesson->kv, T * lesson->kv_floats, lesson->kv_floats, L,
                 lesson->n_tokens, KV, D);
     gpu_download(s->gpu, s->host_most, s->most, (n_q + n_k) * sizeof *s->most);

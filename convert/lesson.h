@@ -16,7 +16,15 @@ struct lesson {
     const float *cosines, *sines; /* [longest document][D / 2] of positions; NULL: no RoPE */
     const float *far_cosines, *far_sines; /* [D / 2] of max_distance, where it is set */
     struct gpu_lesson *device; /* borrowed: where kv and q lie, which are NULL here; NULL: they are the host's */
+    int part, n_parts; /* only the rows part, part + n_parts, ... are learned from; n_parts 0: all */
 };
+
+static inline int lesson_row_step(const struct lesson *l) {
+    return l->n_parts ? l->n_parts : 1;
+}
+static inline int lesson_n_rows(const struct lesson *l) { /* that are learned from */
+    return (l->n_rows - l->part + lesson_row_step(l) - 1) / lesson_row_step(l);
+}
 
 /* Keys of the row at this position: sinks 0 .. *sinks - 1 and *from .. position are exact, *sinks
  * .. *from - 1 linear.  (The recall cache takes no part in attention transfer, nor does the

@@ -5,8 +5,9 @@
  *            recall cache 128, of retrieval heads 1,024, one scale, horizon 1,024; cross-entropy of
  *            rows, calibrated first
  *   lolcats  arXiv:2410.10254, stage 1: two softmaxes of half the head's size after RoPE, key map
- *            per query head, terraced window 64, its own mixing; squared error of outputs times
- * 1000 paper    Hedgehog arXiv:2402.04347: exp map after RoPE per query head, no window;
+ *            per query head, terraced window 64, its own mixing; 1000 times the squared error of
+ *            outputs
+ *   paper    Hedgehog arXiv:2402.04347: exp map after RoPE per query head, no window;
  *            cross-entropy of rows.  (Its rate is not published: 0.01 is LoLCATs'.) */
 #ifndef URCHIN_CONVERT_RECIPE_H
 #define URCHIN_CONVERT_RECIPE_H
@@ -22,6 +23,7 @@ struct finetune_recipe { /* stage 2; its sequences are as long as stage 1's */
     enum finetune_method method;
     bool next_token; /* the loss; else distillation */
     int steps, accumulate, rank;
+    int retrieval_size;  /* places of a retrieval head meanwhile, at most attention.retrieval_size */
     bool bf16;           /* products of bf16 pairs (gemm.h), where the CPU has them */
     double scale;        /* W + scale B A */
     double lr, lr_maps;  /* of low-rank parts or weights; of maps and mixing */
@@ -43,6 +45,7 @@ struct recipe {
     float ce, mse; /* factors of the loss, see student.h */
     int steps, accumulate;
     int length, long_length, long_every, rows, long_rows;
+    int update_rows; /* rows of a sequence for one change of the maps; 0: all of a step */
     double lr, lr_mix, warmup; /* rates of maps and of c_h or omega_h */
     bool one_cycle;
     double init_scale; /* maps begin as it times the identity */
@@ -59,13 +62,18 @@ enum err recipe_from_settings(struct recipe *out, const struct settings *s,
 
 /* The rate's factor at a step of so many, 0 .. 1: one-cycle rises from 1/25 over the warm-up and falls to
  * nothing, both along a cosine; constant rises the same and stays. */
-double recipe_rate_of(const struct recipe *r, int steps, int64_t step);
-double recipe_rate(const struct recipe *r, int64_t step); /* stage 1 */
+double recipe_rate_of(const struct recipe *r, int steps, double step);
+double recipe_rate(const struct recipe *r, double step); /* stage 1 */
 
 bool recipe_keeps_softmax(const struct recipe *r, int layer);
 
 /* No head was found: the caches of all are for facts too, unless the settings say how many places are recent ones. */
 void recipe_without_retrieval(struct recipe *r, const struct settings *s);
+
+/* What fine-tuning has in the loop: the converted model's attention, but for finetune.retrieval_size.
+ * Its sequences are a fraction of what will be served, and so is the room: heads learn to do with the
+ * few keys that are kept, and what is left to the state. */
+struct attention_config recipe_finetune_attention(const struct recipe *r);
 
 /* Marks layer and kv head in [n_layers][n_kv_heads] flags; and the other way round, as the recipe's retrieval heads. */
 void recipe_mark_retrieval(const struct recipe *r, bool *flags);

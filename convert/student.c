@@ -140,8 +140,14 @@ struct task {
     const struct convert_kernels *use;
     const struct attention_kernels *dense;
     int layer, kv_head, D, lanes, f, fl;
+    int n_rows, row_step; /* of the lesson's rows, that are learned from */
     bool outputs, gradients;
 };
+
+/* The token of one of the n_rows. */
+static int token_of(const struct task *t, int r) {
+    return t->lesson->rows[t->lesson->part + r * t->row_step];
+}
 
 static void rotate(const struct task *t, float *y, const float *x, int position) {
     const struct lesson *l = t->lesson;
@@ -211,19 +217,19 @@ static void query_features(const struct task *t, int head, const float *map) {
     struct student_scratch *tmp = t->tmp;
     size_t D = (size_t)t->D, q = (size_t)t->c->n_heads * D, fl = (size_t)t->fl;
     int document = 0;
-    for (int r = 0; r < l->n_rows; r++) {
-        const float *x =
-            l->q + ((size_t)t->layer * (size_t)l->n_rows + (size_t)r) * q + (size_t)head * D;
-        while (l->rows[r] >= l->first[document + 1])
+    const float *first = l->q + (size_t)t->layer * (size_t)l->n_rows * q + (size_t)head * D;
+    for (int r = 0; r < t->n_rows; r++) {
+        const float *x = first + (size_t)(l->part + r * t->row_step) * q;
+        while (token_of(t, r) >= l->first[document + 1])
             document++;
         float *turned = tmp->q + (size_t)r * D;
-        rotate(t, turned, x, l->rows[r] - l->first[document]);
+        rotate(t, turned, x, token_of(t, r) - l->first[document]);
         memcpy(tmp->qx + (size_t)r * D, t->c->map_before_rope ? x : turned, D * sizeof *x);
     }
     read_map(t, map);
-    t->dense->product(tmp->uq, fl, false, tmp->qx, D, 1, l->n_rows, tmp->w, fl, t->D, t->fl / TILE);
-    t->use->features(t->c->map, tmp->phi_q, tmp->reach, tmp->uq, l->n_rows, t->f, t->fl);
-    if (t->gradients) memset(tmp->dphi_q, 0, (size_t)l->n_rows * 2 * fl * sizeof *tmp->dphi_q);
+    t->dense->product(tmp->uq, fl, false, tmp->qx, D, 1, t->n_rows, tmp->w, fl, t->D, t->fl / TILE);
+    t->use->features(t->c->map, tmp->phi_q, tmp->reach, tmp->uq, t->n_rows, t->f, t->fl);
+    if (t->gradients) memset(tmp->dphi_q, 0, (size_t)t->n_rows * 2 * fl * sizeof *tmp->dphi_q);
 }
 
 /* The pupil's logits of sinks that count as max_distance behind (attention.h), or NULL. */
@@ -297,17 +303,16 @@ static void answer(const struct task *t, const struct row_weights *rows, int n, 
 /* Rows r .. r + n - 1 of one document, whose first token is first; returns dL/dmix. */
 static float learn_group(const struct task *t, int r, int n, int first, float mix,
                          struct student_sums *sums) {
-    const struct lesson *l = t->lesson;
     struct student_scratch *tmp = t->tmp;
     struct row_weights rows[GROUP];
     size_t columns = (size_t)tmp->columns, D = (size_t)t->D, F = 2 * (size_t)t->fl;
     float ey[GROUP] = {0}, dmix = 0;
     int sinks;
     int64_t from;
-    int last = l->rows[r + n - 1] - first, width = round_up(last + 1, TILE);
+    int last = token_of(t, r + n - 1) - first, width = round_up(last + 1, TILE);
     int64_t linear = lesson_linear_keys(t->c, last, &sinks, &from);
     int linear_width = linear > 0 ? round_up((int)from, TILE) : 0;
-    float count_of = (float)l->n_rows * (float)t->c->n_heads;
+    float count_of = (float)t->n_rows * (float)t->c->n_heads;
     float ce = t->gradients ? t->loss->share * t->loss->ce / count_of : 0;
     float mse = t->gradients ? t->loss->share * t->loss->mse * 2 / (count_of * (float)t->D) : 0;
 
@@ -316,7 +321,7 @@ static float learn_group(const struct task *t, int r, int n, int first, float mi
     t->dense->product(tmp->s, columns, false, tmp->phi_q + (size_t)r * F, F, 1, n,
                       tmp->phi_t + first, columns, (int)F, linear_width / TILE);
     for (int i = 0; i < n; i++) {
-        int position = l->rows[r + i] - first;
+        int position = token_of(t, r + i) - first;
         int64_t n_linear = lesson_linear_keys(t->c, position, &sinks, &from);
         rows[i] = (struct row_weights){
             .p = tmp->p + (size_t)i * columns,
@@ -355,17 +360,17 @@ static void learn_query_head(const struct task *t, int head, const float *params
     query_features(t, head, params + (size_t)head * map);
     float dmix = 0;
     for (int d = 0, r = 0; d < l->n_documents; d++)
-        while (r < l->n_rows && l->rows[r] < l->first[d + 1]) {
+        while (r < t->n_rows && token_of(t, r) < l->first[d + 1]) {
             int n = 1;
-            while (n < GROUP && r + n < l->n_rows && l->rows[r + n] < l->first[d + 1])
+            while (n < GROUP && r + n < t->n_rows && token_of(t, r + n) < l->first[d + 1])
                 n++;
             dmix += learn_group(t, r, n, l->first[d], params[mix], &sums[head]);
             r += n;
         }
     if (!t->gradients) return;
     t->use->features_back(t->c->map, t->tmp->uq, t->tmp->dphi_q, t->tmp->phi_q, t->tmp->uq, false,
-                          l->n_rows, t->fl);
-    add_map_gradient(t, grads + (size_t)head * map, t->tmp->qx, t->tmp->uq, l->n_rows);
+                          t->n_rows, t->fl);
+    add_map_gradient(t, grads + (size_t)head * map, t->tmp->qx, t->tmp->uq, t->n_rows);
     grads[mix] += dmix;
 }
 
@@ -381,6 +386,8 @@ void student_learn(const struct attention_config *c, const struct lesson *lesson
         .dense = attention_kernels_chosen(),
         .layer = layer,
         .kv_head = kv_head,
+        .n_rows = lesson_n_rows(lesson),
+        .row_step = lesson_row_step(lesson),
         .D = c->head_dim,
         .lanes = round_up(c->head_dim, TILE),
         .f = c->features,

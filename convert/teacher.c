@@ -201,7 +201,7 @@ enum err teacher_read(struct teacher *t, const struct pack *pack, int n_rows, in
                            .far_cosines = t->far_cosines,
                            .far_sines = t->far_sines,
                            .device = t->device};
-    if (t->device) gpu_lesson_begin(t->device, out);
+    if (t->device) gpu_lesson_plan(t->device, out);
     model_set_tap(t->model, t->device ? take_on_device : take, t);
     enum err e = OK;
     int document = 0, n = 0;

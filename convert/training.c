@@ -134,8 +134,9 @@ static enum err deal(struct training *t, const struct lesson *lesson, bool learn
     };
     if (t->device) {
         enum err e = send(t);
-        return e ? e
-                 : gpu_student_learn(t->device, lesson->device, learn, &job.loss, !learn, t->sums);
+        if (e) return e;
+        gpu_lesson_plan(lesson->device, lesson); /* the part */
+        return gpu_student_learn(t->device, lesson->device, learn, &job.loss, !learn, t->sums);
     }
     team_run(t->team, work, &job);
     return OK;
@@ -245,18 +246,22 @@ static void norm_layers(void *arg, int thread, int n_threads) {
 struct rates {
     float maps, mix, correct_m, correct_v;
 };
-static struct rates rates_of(const struct training *t) {
-    double rate = recipe_rate(t->recipe, t->step), n = (double)t->step + 1;
+static struct rates rates_of(const struct training *t, double done) {
+    double rate = recipe_rate(t->recipe, (double)t->step + done), n = (double)t->n_updates + 1;
     return (struct rates){.maps = (float)(rate * t->recipe->lr),
                           .mix = (float)(rate * t->recipe->lr_mix),
                           .correct_m = (float)(1 / (1 - pow(ADAM_BETA1, n))),
                           .correct_v = (float)(1 / (1 - pow(ADAM_BETA2, n)))};
 }
 
-static void step_layers(void *arg, int thread, int n_threads) {
-    struct training *t = arg;
+struct update {
+    struct training *t;
+    struct rates rates;
+};
+static void update_layers(void *arg, int thread, int n_threads) {
+    struct training *t = ((const struct update *)arg)->t;
+    const struct rates r = ((const struct update *)arg)->rates;
     const struct convert_kernels *use = convert_kernels();
-    struct rates r = rates_of(t);
     size_t mix = student_mix(&t->recipe->attention);
     for (int i = thread; i < t->n_layers; i += n_threads) {
         size_t at = (size_t)i * t->n_layer_params;
@@ -269,7 +274,8 @@ static void step_layers(void *arg, int thread, int n_threads) {
     }
 }
 
-enum err training_step(struct training *t, int *layer) {
+enum err training_update(struct training *t, double done, int *layer) {
+    struct update update = {t, rates_of(t, done)};
     enum err e = OK;
     if (t->device)
         e = gpu_student_norms(t->device, t->norms);
@@ -282,14 +288,14 @@ enum err training_step(struct training *t, int *layer) {
             return ERR_ARG;
         }
     if (t->device) {
-        struct rates r = rates_of(t);
+        struct rates r = update.rates;
         gpu_student_step(t->device, r.maps, r.mix, r.correct_m, r.correct_v, CLIP);
         t->ahead = true;
     } else {
-        team_run(t->team, step_layers, t);
+        team_run(t->team, update_layers, &update);
         memset(t->g, 0, t->n_params * sizeof *t->g);
     }
-    t->step++;
+    t->n_updates++;
     return OK;
 }
 

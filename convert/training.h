@@ -19,7 +19,7 @@ struct training {
     int n_layers, n_heads;
     size_t n_layer_params, n_params;
     float *w, *m, *v, *g; /* [n_layers][n_layer_params]: parameters, Adam's moments, gradient */
-    int64_t step;         /* steps done */
+    int64_t step, n_updates; /* sequences (or groups of `accumulate`) learned from; times that w changed */
     struct student_sums
         *sums; /* [n_layers][n_heads] of the step in progress, or of a measurement */
     struct student_scratch **scratch; /* [threads] */
@@ -58,9 +58,10 @@ void training_clear_sums(struct training *t);
 /* Adds a lesson's gradient, and its sums. */
 enum err training_learn(struct training *t, const struct lesson *lesson);
 
-/* Takes the step: each layer's gradient, clipped to norm 1, by AdamW at the schedule's rate.
- * ERR_ARG, nothing changed: a gradient is not finite, *layer says where. */
-enum err training_step(struct training *t, int *layer);
+/* Changes the maps: each layer's gradient, clipped to norm 1, by AdamW at the rate that the schedule
+ * has for step + done, where done (0 .. 1) is the share of the step that was learned from before;
+ * the caller counts steps.  ERR_ARG, nothing changed: a gradient is not finite, *layer says where. */
+enum err training_update(struct training *t, double done, int *layer);
 
 /* Means over converted layers and their heads of what sums hold. */
 double training_kl(const struct training *t, const struct student_sums *sums);

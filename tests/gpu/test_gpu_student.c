@@ -62,7 +62,7 @@ struct taught { /* a lesson on the host, the same on the device, and parameters 
 static void fill_device(struct taught *t, const float *kv, const float *q) {
     size_t layers = LAYERS, heads = (size_t)t->c.n_heads, kv_heads = (size_t)t->c.n_kv_heads,
            D = (size_t)t->c.head_dim;
-    gpu_lesson_begin(t->device, &t->lesson);
+    gpu_lesson_plan(t->device, &t->lesson);
     gpu_upload(gpu, t->device->kv, kv, layers * (size_t)t->lesson.n_tokens * 2 * kv_heads * D * 4);
     gpu_upload(gpu, t->device->q, q, layers * (size_t)t->lesson.n_rows * heads * D * 4);
     assert_int_equal(gpu_wait(gpu), OK);
@@ -191,6 +191,17 @@ static void check_loss(struct taught *t, struct gpu_student *s, struct student_l
     learn_on_cpu(t, want, &loss, loss.mse > 0, sums);
     learn_on_device(t, s, got, &loss, loss.mse > 0, ours);
     compare(t, want, got, sums, ours);
+
+    for (t->lesson.n_parts = 3, t->lesson.part = 0; t->lesson.part < 3; t->lesson.part++) {
+        memset(want, 0, n * sizeof *want);
+        memset(sums, 0, heads * sizeof *sums);
+        gpu_lesson_plan(t->device, &t->lesson);
+        learn_on_cpu(t, want, &loss, loss.mse > 0, sums);
+        learn_on_device(t, s, got, &loss, loss.mse > 0, ours);
+        compare(t, want, got, sums, ours);
+    }
+    t->lesson.n_parts = t->lesson.part = 0;
+    gpu_lesson_plan(t->device, &t->lesson);
 
     memset(sums, 0, heads * sizeof *sums); /* the same without gradients, with outputs */
     learn_on_cpu(t, NULL, &loss, true, sums);

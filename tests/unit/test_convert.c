@@ -77,20 +77,32 @@ static void test_any_number_of_threads_makes_the_same_bytes(void **state) {
     free(b.at);
 }
 
-static void test_an_interrupted_conversion_goes_on_to_the_same_bytes(void **state) {
-    (void)state;
-    CONVERTED(STORIES_CONVERT, "--out", in("whole"), "--steps", "7", "--accumulate", "2");
+/* name/file in the folder of this test */
+static const char *inside(const char *name, const char *file) {
+    char path[64];
+    snprintf(path, sizeof path, "%s/%s", name, file);
+    return in(path);
+}
+static void check_interrupted(const char *flag, const char *value) {
+    char whole[32], cut[32];
+    snprintf(whole, sizeof whole, "whole%s", flag);
+    snprintf(cut, sizeof cut, "cut%s", flag);
+    CONVERTED(STORIES_CONVERT, "--out", in(whole), "--steps", "7", flag, value);
     for (int run = 0; run < 3; run++) { /* 3 + 3 + 1 steps */
         convert_interrupt_after(3);
-        int status =
-            CONVERT(STORIES_CONVERT, "--out", in("cut"), "--steps", "7", "--accumulate", "2");
+        int status = CONVERT(STORIES_CONVERT, "--out", in(cut), "--steps", "7", flag, value);
         convert_interrupt_after(0);
         assert_int_equal(status, run < 2 ? 130 : 0);
-        assert_int_equal(is_there(in("cut/urchin.json")), run == 2);
-        assert_int_equal(is_there(in("cut/checkpoint")), run < 2);
+        assert_int_equal(is_there(inside(cut, "urchin.json")), run == 2);
+        assert_int_equal(is_there(inside(cut, "checkpoint")), run < 2);
     }
-    assert_same_file(in("whole/hedgehog.safetensors"), in("cut/hedgehog.safetensors"));
-    assert_same_file(in("whole/urchin.json"), in("cut/urchin.json"));
+    assert_same_file(inside(whole, "hedgehog.safetensors"), inside(cut, "hedgehog.safetensors"));
+    assert_same_file(inside(whole, "urchin.json"), inside(cut, "urchin.json"));
+}
+static void test_an_interrupted_conversion_goes_on_to_the_same_bytes(void **state) {
+    (void)state;
+    check_interrupted("--accumulate", "2"); /* one change of the maps in two sequences */
+    check_interrupted("--update-rows", "16"); /* five in one */
 }
 
 /* ---- every base, every recipe ---- */
@@ -270,6 +282,8 @@ static void test_what_is_missing_or_malformed_is_named(void **state) {
             "--map-position", "rope", "--max-distance", "9");
     REFUSED("do not go together", "convert", STORIES, "--text", TEXT, "--out", in("out"), "--sinks",
             "65");
+    REFUSED("--update-rows 8", "convert", STORIES, "--text", TEXT, "--out", in("out"),
+            "--update-rows", "8", "--accumulate", "2");
     REFUSED("--memory", "convert", STORIES, "--text", TEXT, "--out", in("out"), "--memory", "1M");
     REFUSED("without CUDA", "convert", STORIES, "--text", TEXT, "--out", in("out"), "--device", "cuda");
     write_text(in("bad.jsonl"), "{\"text\": \"a\"}\n{\"texts\": \"a\"}\n");

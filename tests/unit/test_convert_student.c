@@ -261,6 +261,47 @@ static void test_gradients_of_flas_map_and_of_no_window_are_those_of_the_definit
     check(config(MAP_EXP, MIXING_LOLCATS, WINDOW_TERRACED, false, false), both);
 }
 
+/* What parts of the rows teach, each its mean, adds up to what all of them do: sums of 23 terms in
+ * another order, so to a few ulp of the largest. */
+static void check_parts(struct attention_config c, int n_parts) {
+    struct lesson l = make_lesson(&c);
+    size_t n = student_params(&c);
+    float params[n], whole[n], part[n];
+    double added[n], kl[H] = {0}, n_rows = 0, largest = 0;
+    struct student_sums sums[H];
+    fill(params, n, 0.4f, 3);
+    memset(whole, 0, sizeof whole);
+    memset(added, 0, sizeof added);
+    for (l.n_parts = n_parts, l.part = 0; l.part < n_parts; l.part++) {
+        memset(part, 0, sizeof part);
+        learn(&c, &l, params, part, &both, sums);
+        assert_true(sums[0].n_rows == (double)((R - l.part + n_parts - 1) / n_parts));
+        for (size_t i = 0; i < n; i++)
+            added[i] += (double)part[i] * sums[0].n_rows / R;
+        for (int h = 0; h < H; h++)
+            kl[h] += sums[h].kl;
+        n_rows += sums[0].n_rows;
+    }
+    assert_true(n_rows == R);
+    l.n_parts = l.part = 0;
+    learn(&c, &l, params, whole, &both, sums);
+    for (size_t i = 0; i < n; i++)
+        largest = fmax(largest, fabs((double)whole[i]));
+    assert_true(largest > 1e-4);
+    for (size_t i = 0; i < n; i++)
+        if (!(fabs((double)whole[i] - added[i]) <= 4e-6 * largest))
+            fail_msg("parameter %zu: %.9g, in %d parts %.9g", i, (double)whole[i], n_parts,
+                     added[i]);
+    for (int h = 0; h < H; h++)
+        assert_true(fabs(kl[h] - sums[h].kl) <= 1e-12 * R);
+}
+static void test_parts_of_the_rows_teach_what_all_do(void **state) {
+    (void)state;
+    check_parts(config(MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, false, true), 2);
+    check_parts(config(MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, true, false), 5);
+    check_parts(config(MAP_SOFTMAX2, MIXING_LOLCATS, WINDOW_SLIDING, true, false), R);
+}
+
 /* Setting c_h to what calibration reads off makes the mean gap 0 (conversion.md 2). */
 static void test_calibration_puts_both_kinds_of_terms_on_one_scale(void **state) {
     (void)state;
@@ -308,7 +349,7 @@ static void serve(struct attention_config c, const float *params, const struct r
     static float queries[N * H * D], keys[N * KV * D], values[N * KV * D];
     struct attention *a;
     struct attention_weights w = {params, params + student_map_k(&c), NULL, NULL,
-                                  params + student_mix(&c)};
+                                  params + student_mix(&c), NULL};
     assert_int_equal(attention_new(&a, &c, &w, 1, rope, team, N, 1), OK);
     void *slot = memory_map(attention_slot_bytes(a));
     attention_slot_clear(a, slot);
@@ -384,6 +425,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_gradients_of_the_exp_map_are_those_of_the_definition),
         cmocka_unit_test(test_gradients_of_lolcats_map_and_mixing_are_those_of_the_definition),
+        cmocka_unit_test(test_parts_of_the_rows_teach_what_all_do),
         cmocka_unit_test(test_gradients_of_flas_map_and_of_no_window_are_those_of_the_definition),
         cmocka_unit_test(test_calibration_puts_both_kinds_of_terms_on_one_scale),
         cmocka_unit_test(test_rows_without_linear_keys_are_softmax_rows),

@@ -206,6 +206,31 @@ static void test_what_does_not_go_together_is_refused(void **state) {
     free(text.at);
 }
 
+/* Fine-tuning has --finetune-retrieval-size places in the loop, so it learns what a model with so few
+ * learns; served is --retrieval-size. */
+static void test_fine_tuning_may_have_fewer_places_than_are_served(void **state) {
+    (void)state;
+    CONVERTED(SHORT, "--out", in("few"), "--finetune-steps", "2", "--retrieval-heads", "1.0,2.3",
+              "--retrieval-size", "4");
+    CONVERTED(SHORT, "--out", in("fewer"), "--finetune-steps", "2", "--retrieval-heads", "1.0,2.3",
+              "--retrieval-size", "40", "--finetune-retrieval-size", "4");
+    CONVERTED(SHORT, "--out", in("all"), "--finetune-steps", "2", "--retrieval-heads", "1.0,2.3",
+              "--retrieval-size", "40");
+    assert_same_file(in("few/hedgehog.safetensors"), in("fewer/hedgehog.safetensors"));
+    struct bytes few = contents(in("few/hedgehog.safetensors")),
+                 all = contents(in("all/hedgehog.safetensors"));
+    assert_true(few.len == all.len && memcmp(few.at, all.at, few.len));
+    free(few.at);
+    free(all.at);
+    struct json *record;
+    assert_int_equal(json_load(&record, in("fewer/urchin.json"), said, sizeof said), OK);
+    const struct json *cache = json_get(json_get(record, "attention"), "cache"),
+                      *stage = json_get(json_get(record, "training"), "finetune");
+    assert_true(json_number(json_get(json_get(cache, "retrieval"), "size"), 0) == 40);
+    assert_true(json_number(json_get(stage, "retrieval_size"), 0) == 4);
+    json_free(record);
+}
+
 int main(void) {
     if (team_new(&team, 2)) return 1;
     const struct CMUnitTest tests[] = {
@@ -215,6 +240,7 @@ int main(void) {
         IN_FOLDER(test_any_number_of_threads_makes_the_same_bytes),
         IN_FOLDER(test_an_interruption_in_either_stage_goes_on_to_the_same_bytes),
         IN_FOLDER(test_what_transfer_does_not_know_may_change_at_its_end),
+        IN_FOLDER(test_fine_tuning_may_have_fewer_places_than_are_served),
         IN_FOLDER(test_a_checkpoint_of_fine_tuning_is_refused_when_damaged_or_anothers),
         IN_FOLDER(test_fine_tuning_that_diverges_stops_and_keeps_what_was_good),
         IN_FOLDER(test_what_does_not_go_together_is_refused),
