@@ -416,6 +416,18 @@ struct ahead memory_ahead(const struct attention *a, const struct segment *segme
     return ahead;
 }
 
+/* The row of a block in which a layer of this sequence prepares the next: never the first, beside
+ * what is left to do where a block begins; layers one after the other, and sequences, whose blocks
+ * may begin together, each from a row of its own (multiples of the golden ratio lie evenly however
+ * many there are), so that no step has the choices of many. */
+static int64_t preparing_row(const struct attention *a, int layer, const void *slot) {
+    int64_t rows = a->config.window_size - 1;
+    uint32_t turn = (uint32_t)((uintptr_t)slot / attention_slot_bytes(a)) * 2654435769u;
+    if (rows < 1) return 0;
+    return 1 +
+           (layer * rows / a->n_layers + (int64_t)(((uint64_t)turn * (uint64_t)rows) >> 32)) % rows;
+}
+
 bool memory_prepares_in(const struct attention *a, int layer, const struct segment *segment) {
     const struct attention_config *c = &a->config;
     if (c->kind == ATTENTION_SOFTMAX || c->window != WINDOW_TERRACED) return false;
@@ -423,8 +435,7 @@ bool memory_prepares_in(const struct attention *a, int layer, const struct segme
     /* all that ever left the window fit every cache: nothing to choose */
     if ((next - 1) * w - c->sinks <= a->layout.least_places || imposed_set(a, layer, 0, next))
         return false;
-    /* not beside what is left to do where a block begins */
-    int64_t row = (w > 1) + layer * (w - 1) / a->n_layers - segment->position % w;
+    int64_t row = preparing_row(a, layer, a->runs[segment->run].slot) - segment->position % w;
     return row >= 0 && row < segment->n_rows;
 }
 
