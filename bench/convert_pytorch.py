@@ -7,7 +7,8 @@ Makes build/bench/convert_pytorch with a virtual environment (torch and safetens
 (dequantised: `urchin convert --steps 0` and `--merge`) and the packs (build/bench/packs), then runs
 
     urchin convert BASE ... --steps N, and with 0: the difference is N sequences
-    the same in PyTorch: one forward pass of the teacher, each layer's maps by autograd, AdamW
+    the same with --update-rows 0: the maps change once a sequence
+    that in PyTorch: one forward pass of the teacher, each layer's maps by autograd, AdamW
 
 and prints seconds for a sequence, by the clock and by the processor (which holds where a machine is busy), and the
 mean KL of attention rows on the same four packs before and after.  The PyTorch side is our own, written to be read;
@@ -26,7 +27,7 @@ import venv
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORK = ROOT / "build/bench/convert_pytorch"
-FLAGS = ["--finetune", "none", "--long-every", "0", "--length", "1024", "--rows", "80"]
+FLAGS = ["--finetune", "none", "--retrieval-heads", "0", "--long-every", "0", "--length", "1024", "--rows", "80"]
 
 
 def arguments():
@@ -69,7 +70,7 @@ def learn(args):
     dtype = getattr(torch, args.inside)
     config = json.loads((WORK / "base/config.json").read_text())
     attention = json.loads((WORK / "adapter/urchin.json").read_text())["attention"]
-    recipe = json.loads((WORK / "learned/conversion.json").read_text())["made_from"]["attention_transfer"]
+    recipe = json.loads((WORK / "plain/conversion.json").read_text())["made_from"]["attention_transfer"]
     assert attention["map"] == "exp" and attention["key_map_per"] == "kv_head" and recipe["loss"] == "cross_entropy"
     w = {name: t.to(dtype) for name, t in load_file(WORK / "base/model.safetensors").items()}
     L, H, G = config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"]
@@ -206,8 +207,8 @@ def python(args):
     return folder / "bin/python"
 
 
-def convert(args, out, steps, stderr=subprocess.DEVNULL):
-    return run([ROOT / "build/urchin", "convert", args.base, "--text", args.text, "--steps", steps, *FLAGS,
+def convert(args, out, steps, *more, stderr=subprocess.DEVNULL):
+    return run([ROOT / "build/urchin", "convert", args.base, "--text", args.text, "--steps", steps, *FLAGS, *more,
                 "--threads", args.threads, "--out", WORK / out], stdout=subprocess.DEVNULL, stderr=stderr)
 
 
@@ -220,14 +221,17 @@ def main():
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     idle = convert(args, "adapter", 0, stderr=None)
-    busy = convert(args, "learned", args.steps)
+    runs = [("learned", ""), ("plain", ", --update-rows 0")]
+    busy = [convert(args, "learned", args.steps), convert(args, "plain", args.steps, "--update-rows", "0")]
     run([ROOT / "build/urchin", "convert", "--merge", WORK / "adapter", "--out", WORK / "base"], stdout=subprocess.DEVNULL)
     with open(WORK / "packs", "wb") as file:
         run([ROOT / "build/bench/packs", args.base, "--text", args.text, "--steps", args.steps, *FLAGS], stdout=file)
-    record = json.loads((WORK / "learned/conversion.json").read_text())
-    table = [(f"Urchin, {record['made_from']['weights']} weights, {record['isa']}",
-              *((b - i) / args.steps for b, i in zip(busy, idle)),
-              record["before"]["kl_of_all_rows"], record["after"]["kl_of_all_rows"])]
+    table = []
+    for (folder, how), took in zip(runs, busy):
+        record = json.loads((WORK / folder / "conversion.json").read_text())
+        table.append((f"Urchin, {record['made_from']['weights']} weights, {record['isa']}{how}",
+                      *((b - i) / args.steps for b, i in zip(took, idle)),
+                      record["before"]["kl_of_all_rows"], record["after"]["kl_of_all_rows"]))
     for dtype in args.types.split(","):
         out = subprocess.run([interpreter, __file__, "--inside", dtype, "--threads", str(args.threads)],
                              env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}, check=True, stdout=subprocess.PIPE,

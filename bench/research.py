@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """research.py - what each choice of a conversion is worth: stories260K converted once for each, both stages, and read beside its base.
 
-    python3 bench/research.py [--rows features,exact,recent,horizon,rate,training,pure] [--threads 1] [--seeds 0,1]
+    python3 bench/research.py [--rows features,exact,recent,horizon,rate,updates,training,pure,past] [--threads 1] [--seeds 0,1]
 
 Text of training and of measuring are two files of this repository.  Every conversion is `urchin convert` with the flags of
 bench/convert_stories.sh and those in the first column; the figures are means over --seeds.  `bytes` is what one saved sequence takes.
@@ -28,11 +28,42 @@ ROWS = {
     "recent": ("Places of a cache of 16 that prefer recent keys", [["--cache-recent", n] for n in (0, 4, 8, 16)]),
     "horizon": ("Horizon (sequences of 512 tokens)", [["--horizon", n] for n in (32, 64, 128, 256)]),
     "rate": ("Rate of maps in fine-tuning", [["--finetune-lr-maps", x] for x in (0.0001, 0.001, 0.03)]),
+    "updates": ("Rows for one change of the maps (80 a sequence), attention transfer alone", [["--finetune", "none", "--update-rows", n] for n in (0, 40, 20, 16, 8)]),
     "training": ("What is trained", [["--steps", 0], ["--finetune", "none"], ["--recall", 0.15], ["--finetune-loss", "next-token"],
                                      ["--steps", 0, "--finetune-steps", 800]]),
     "pure": ("The paper's recipe: no window, no sinks, no cache; by steps of fine-tuning (4,096 tokens each)",
              [["--finetune-steps", n] for n in (0, 50, 100, 200, 400)]),
 }
+
+
+BIN = 2048
+PAST = ("One stream by position, perplexity against the base in windows of 512; training had sequences of 512",
+        [["--map-position", p, "--horizon", h] for p in ("none", "rope") for h in (64, 0)])
+
+
+def convert(o, model, seed, flags):
+    subprocess.run([o.urchin, "convert", BASE, "--text", DATA + "tinystories-train-head.txt", "--out", model, "--seed", str(seed), *map(str, flags),
+                    "--threads", str(o.threads)], check=True, stdout=subprocess.DEVNULL)
+
+
+def evaluate(o, model, *flags):
+    out = subprocess.run([o.urchin, "eval", model, "--against", BASE, "--text", DATA + "tinystories-valid-head.txt", "--context", "512",
+                          "--weights", "fp32", "--against-weights", "fp32", "--json", "--threads", str(o.threads), *flags],
+                         check=True, capture_output=True, text=True).stdout
+    return json.loads(out)["readers"]
+
+
+def past(o):
+    for flags in PAST[1]:
+        with tempfile.TemporaryDirectory() as folder:
+            model = str(pathlib.Path(folder, "model"))
+            convert(o, model, o.seeds[0], [*USUAL, *flags])
+            base, own = [[b["perplexity"] for b in r["stream"][0]["bins"]]
+                         for r in evaluate(o, model, "--tests", "stream", "--bin", str(BIN), "--tokens", str(6 * BIN), "--ablate", "none")]
+        if flags == PAST[1][0]:
+            print(f"| tokens from | {' | '.join(str(i * BIN) for i in range(len(base)))} |\n|---|{'---|' * len(base)}")
+            print(f"| base | {' | '.join(f'{x:.3f}' for x in base)} |")
+        print(f"| {' '.join(map(str, flags))} | {' | '.join(f'{x:.3f} ({100 * (x / b - 1):+.1f} %)' for x, b in zip(own, base))} |", flush=True)
 
 
 def measure(o, usual, flags):
@@ -41,13 +72,8 @@ def measure(o, usual, flags):
     for seed in o.seeds:
         with tempfile.TemporaryDirectory() as folder:
             model = str(pathlib.Path(folder, "model"))
-            common = ["--threads", str(o.threads)]
-            subprocess.run([o.urchin, "convert", BASE, "--text", DATA + "tinystories-train-head.txt", "--out", model, "--seed", str(seed), *usual,
-                            *map(str, flags), *common], check=True, stdout=subprocess.DEVNULL)
-            out = subprocess.run([o.urchin, "eval", model, "--against", BASE, "--text", DATA + "tinystories-valid-head.txt", "--context", "512",
-                                  "--tests", "perplexity", "--ablate", "linear", "--weights", "fp32", "--against-weights", "fp32", "--json", *common],
-                                 check=True, capture_output=True, text=True).stdout
-            readers = [r["perplexity"] for r in json.loads(out)["readers"]]
+            convert(o, model, seed, [*usual, *flags])
+            readers = [r["perplexity"] for r in evaluate(o, model, "--tests", "perplexity", "--ablate", "linear")]
             record = json.loads(pathlib.Path(model, "conversion.json").read_text())
             info = json.loads(subprocess.run([o.urchin, "info", model, "--json"], check=True, capture_output=True, text=True).stdout)
         tuned = record.get("finetune") or {"tokens_read": 0}
@@ -60,13 +86,17 @@ def measure(o, usual, flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(" - ")[0])
     parser.add_argument("--urchin", default="build/urchin")
-    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--rows", default=",".join([*ROWS, "past"]))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seeds", default="0")
     o = parser.parse_args()
     o.seeds = [int(s) for s in o.seeds.split(",")]
     os.chdir(ROOT)
     for name in o.rows.split(","):
+        if name == "past":
+            print(f"\n{PAST[0]}\n", flush=True)
+            past(o)
+            continue
         title, variants = ROWS[name]
         print(f"\n{title}\n\n| | perplexity | against the base | mean KL, nats | exact keys only | tokens learned from | bytes |\n|---|---|---|---|---|---|---|",
               flush=True)
