@@ -12,13 +12,15 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static const char MAGIC[8] = "urchck3";
+static const char MAGIC[8] = "urchck4";
 
 /* Then identity, and the parts of copy_part().  n_fine 0: fine-tuning has not begun. */
 struct header {
     char magic[8];
     uint64_t identity_len, n_params, n_sums, step, n_updates, transferred, n_fine, fine_step;
     double seconds, share, fine_before;
+    int64_t n_wanted, n_heads; /* n_wanted -1: not looked for yet */
+    int32_t heads[MOST_RETRIEVAL][2];
     char digest[SHA256_HEX]; /* of the parts' digests, one after the other */
 };
 
@@ -78,7 +80,12 @@ enum err checkpoint_save(const struct run *run, double seconds, char *msg, size_
                        .fine_step = run->fine ? (uint64_t)run->fine->step : 0,
                        .seconds = seconds,
                        .share = run->share,
-                       .fine_before = run->fine_before};
+                       .fine_before = run->fine_before,
+                       .n_wanted = run->heads_found ? run->n_wanted : -1,
+                       .n_heads = run->recipe.n_retrieval_heads};
+    for (int i = 0; i < run->recipe.n_retrieval_heads; i++)
+        for (int k = 0; k < 2; k++)
+            h.heads[i][k] = run->recipe.retrieval_heads[i][k];
     if (!identity)
         return err_set(msg, msg_len, ERR_NOMEM, "out of memory for %s/checkpoint", run->folder);
     struct piece pieces[N_ALL_PARTS];
@@ -154,6 +161,16 @@ static enum err damaged(const char *path, char *msg, size_t msg_len) {
                    "%s is damaged, or no checkpoint: remove it to begin anew", path);
 }
 
+/* The heads found, where as many are wanted now. */
+static void take_heads(struct run *run, const struct header *h) {
+    struct recipe *r = &run->recipe;
+    run->heads_found = true;
+    r->n_retrieval_heads = (int)h->n_heads;
+    for (int i = 0; i < r->n_retrieval_heads; i++)
+        for (int k = 0; k < 2; k++)
+            r->retrieval_heads[i][k] = h->heads[i][k];
+}
+
 /* Takes what it says of attention transfer, or of fine-tuning. */
 static enum err read_body(struct run *run, const struct mapped *file, const char *path, bool fine,
                           char *msg, size_t msg_len) {
@@ -165,8 +182,8 @@ static enum err read_body(struct run *run, const struct mapped *file, const char
     if (good) memcpy(&h, file->bytes, sizeof h);
     good = good && !memcmp(h.magic, MAGIC, sizeof h.magic) && h.identity_len < file->len &&
            h.n_params < file->len && h.n_sums < file->len && h.step < file->len &&
-           h.n_fine < file->len && h.fine_step < file->len &&
-           file->len - sizeof h == body_bytes(run, &h);
+           h.n_fine < file->len && h.fine_step < file->len && h.n_heads >= 0 &&
+           h.n_heads <= MOST_RETRIEVAL && file->len - sizeof h == body_bytes(run, &h);
     if (good) {
         const char *at = body + h.identity_len;
         pieces_of(run, &h, mine);
@@ -202,6 +219,8 @@ static enum err read_body(struct run *run, const struct mapped *file, const char
     run->training->step = (int64_t)h.step;
     run->training->n_updates = (int64_t)h.n_updates;
     run->transferred = h.transferred != 0;
+    if (h.n_wanted == run->n_wanted && run->recipe.n_retrieval > run->recipe.n_retrieval_heads)
+        take_heads(run, &h);
     run->fine_begun = h.fine_step > 0;
     run->seconds = h.seconds;
     run->share = h.share;

@@ -69,6 +69,7 @@ static enum err take_recipe(struct conversion *c) {
     enum err e = base_open(&base, c->settings->model, c->msg, c->msg_len);
     if (e) return e;
     e = recipe_from_settings(r, c->settings, base_config(base), c->msg, c->msg_len);
+    c->run.n_wanted = r->n_retrieval;
     bool any_long = r->long_every > 0;
     c->max_tokens = any_long && r->long_length > r->length ? r->long_length : r->length;
     c->max_rows = any_long && r->long_rows > r->rows ? r->long_rows : r->rows;

@@ -42,11 +42,10 @@ static enum err look_for_heads(struct conversion *c, struct retrieval *found) {
     return e;
 }
 
-enum err conversion_find_heads(struct conversion *c) {
+static enum err find_heads(struct conversion *c) {
     struct recipe *r = &c->run.recipe;
     struct retrieval found = {0};
     int n_layers = c->run.base->n_layers;
-    if (r->n_retrieval == r->n_retrieval_heads) return OK;
     bool *flags = calloc((size_t)n_layers * (size_t)r->attention.n_kv_heads, sizeof *flags);
     enum err e = flags ? retrieval_begin(&found, &r->attention, n_layers) : ERR_NOMEM;
     if (e) FAIL(c, e, "out of memory");
@@ -61,13 +60,21 @@ enum err conversion_find_heads(struct conversion *c) {
         else
             fprintf(stderr, "retrieval heads: none, no head of the base looks facts up\n");
         recipe_take_retrieval(r, flags, n_layers);
-        r->n_retrieval = n;
-        if (!n) {
-            r->attention.retrieval_size = r->attention.retrieval_recent = 0;
-            recipe_without_retrieval(r, c->settings);
-        }
+        c->run.heads_found = true;
     }
     retrieval_end(&found);
     free(flags);
     return e;
+}
+
+enum err conversion_find_heads(struct conversion *c) {
+    struct recipe *r = &c->run.recipe;
+    if (r->n_retrieval == r->n_retrieval_heads) return OK; /* known, or none wanted */
+    enum err e = c->run.heads_found ? OK : find_heads(c);
+    if (e) return e;
+    r->n_retrieval = r->n_retrieval_heads;
+    if (r->n_retrieval) return OK;
+    r->attention.retrieval_size = r->attention.retrieval_recent = 0;
+    recipe_without_retrieval(r, c->settings);
+    return OK;
 }

@@ -31,6 +31,8 @@ struct run {
                                             behind the last step */
     double share;                        /* of the probe's rows that have linear keys */
     bool transferred;                    /* attention transfer is done: `after` holds */
+    int n_wanted;                        /* retrieval heads to be found, as the settings have it */
+    bool heads_found;                    /* they were looked for: the recipe names them */
     bool fine_begun;                     /* the checkpoint that was loaded holds a part of fine-tuning */
     struct finetune *fine;               /* owned; NULL: none, or not yet */
     struct fine_point *fine_curve;       /* [recipe.finetune.steps], owned */

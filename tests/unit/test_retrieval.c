@@ -175,6 +175,22 @@ static void test_a_bases_heads_are_found_recorded_and_served(void **state) {
     model_close(m);
 }
 
+/* What was found goes on with the rest: the base is not read for it again. */
+static void test_heads_are_looked_for_once(void **state) {
+    (void)state;
+#define LOOKING CONVERT_SHORT, "--retrieval-heads", "3", "--retrieval-size", "40"
+    CONVERTED(LOOKING, "--out", in("whole"));
+    convert_interrupt_after(3); /* two of transfer, one of fine-tuning */
+    assert_int_equal(CONVERT(LOOKING, "--out", in("cut")), 130);
+    convert_interrupt_after(0);
+    assert_non_null(strstr(said, "retrieval heads:"));
+    CONVERTED(LOOKING, "--out", in("cut"));
+    assert_non_null(strstr(said, "and fine-tuning"));
+    assert_null(strstr(said, "retrieval heads:"));
+    assert_same_file(in("whole/hedgehog.safetensors"), in("cut/hedgehog.safetensors"));
+    assert_same_file(in("whole/urchin.json"), in("cut/urchin.json"));
+}
+
 static void test_named_heads_are_taken_as_they_are(void **state) {
     (void)state;
     struct json *record;
@@ -217,6 +233,7 @@ int main(void) {
         cmocka_unit_test(test_the_best_heads_are_chosen_and_none_that_looks_nothing_up),
         IN_FOLDER(test_a_base_that_looks_nothing_up_has_none),
         IN_FOLDER(test_a_bases_heads_are_found_recorded_and_served),
+        IN_FOLDER(test_heads_are_looked_for_once),
         IN_FOLDER(test_named_heads_are_taken_as_they_are),
         IN_FOLDER(test_heads_that_cannot_be_are_named),
     };
