@@ -1,5 +1,5 @@
-/* conversion.h - a conversion in progress, shared by convert.c (settings to folder, attention transfer),
- * find_heads.c (retrieval heads) and fine_run.c (fine-tuning). */
+/* conversion.h - a conversion in progress, shared by convert.c (settings to folder), transfer_run.c
+ * (attention transfer), find_heads.c (retrieval heads) and fine_run.c (fine-tuning). */
 #ifndef URCHIN_CONVERT_CONVERSION_H
 #define URCHIN_CONVERT_CONVERSION_H
 
@@ -47,9 +47,14 @@ enum err conversion_after_step(struct conversion *c, int64_t step, int steps, in
 enum err conversion_save(struct conversion *c);
 void conversion_tell_memory(void);
 
-/* Finds the recipe's retrieval heads, unless the settings name them.  They are the base's, so it does not matter when; a conversion
- * that goes on finds the same again. */
+/* Finds the recipe's retrieval heads, unless the settings name them.  They are the base's, so it
+ * does not matter when; a checkpoint keeps them. */
 enum err conversion_find_heads(struct conversion *c);
+
+/* Attention transfer: maps as they begin, and what the probe says of them; then from where run is
+ * to the end (or the interruption), and the probe again. */
+enum err transfer_begin(struct conversion *c);
+enum err transfer_run(struct conversion *c);
 
 /* Fine-tuning from where run is to the end (or the interruption), and the probe's loss before and after. */
 enum err fine_run(struct conversion *c);
