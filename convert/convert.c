@@ -8,7 +8,6 @@
 #include "model/converted.h"
 #include "model/options.h"
 
-#include <math.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
