@@ -46,7 +46,7 @@ struct recipe {
     int steps, accumulate;
     int length, long_length, long_every, rows, long_rows;
     int update_rows; /* rows of a sequence for one change of the maps; 0: all of a step */
-    double lr, lr_mix, warmup; /* rates of maps and of c_h or omega_h */
+    double lr, lr_mix, warmup; /* rates of maps and of c_h or omega_h; the recipe's are halved by update_rows */
     bool one_cycle;
     double init_scale; /* maps begin as it times the identity */
     float init_mix;

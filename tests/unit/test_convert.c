@@ -316,8 +316,8 @@ static void test_another_conversions_checkpoint_is_refused_and_kept(void **state
     convert_interrupt_after(0);
     assert_int_equal(status, 130);
     struct bytes was = contents(in("out/checkpoint"));
-    REFUSED("attention_transfer.lr was 0.02, now it is 0.01", STORIES_CONVERT, "--out", in("out"),
-            "--steps", "3", "--lr", "0.01");
+    REFUSED("attention_transfer.lr was 0.01, now it is 0.02", STORIES_CONVERT, "--out", in("out"),
+            "--steps", "3", "--lr", "0.02");
     REFUSED("attention.sinks was 1, now it is 2", STORIES_CONVERT, "--out", in("out"), "--steps",
             "3", "--sinks", "2");
     for (size_t cut = 0; cut < was.len; cut += was.len / 5) {
