@@ -282,3 +282,13 @@ void team_expect(struct team *team, team_reads *reads, const void *arg) {
     team->reads = reads;
     team->reads_arg = arg;
 }
+
+static void nothing(void *arg, int thread, int n_threads) {
+    (void)arg;
+    (void)thread;
+    (void)n_threads;
+}
+void team_forget(struct team *team) {
+    team_expect(team, NULL, NULL);
+    team_run(team, nothing, NULL);
+}

@@ -28,4 +28,8 @@ void team_run(struct team *team, void (*fn)(void *arg, int thread, int n_threads
 typedef struct ahead team_reads(const void *arg, int thread, int n_threads);
 void team_expect(struct team *team, team_reads *reads, const void *arg);
 
+/* Nothing is expected any more, and no thread is reading: to be called before memory that was expected
+ * is given back.  A run. */
+void team_forget(struct team *team);
+
 #endif

@@ -497,7 +497,8 @@ enum err model_open(struct model **out, const struct model_options *options, cha
 
 void model_close(struct model *m) {
     if (!m) return;
-    gpu_model_free(m->gpu);        /* borrows the attention */
+    if (m->team) team_forget(m->team); /* a worker may still be bringing weights near */
+    gpu_model_free(m->gpu);            /* borrows the attention */
     attentions_free(m->attention); /* borrows rope and the converted maps */
     rope_free(m->rope);
     weights_free(m->weights);

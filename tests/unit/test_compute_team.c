@@ -260,6 +260,35 @@ static void test_expecting_changes_no_run(void **state) {
     }
 }
 
+/* 64 MiB take a worker milliseconds to load, and are gone at once: were it not done with them, it
+ * would stumble. */
+enum { READ_BYTES = 64 << 20 };
+static struct ahead many_lines(const void *arg, int thread, int n_threads) {
+    const char *from = arg;
+    (void)thread;
+    (void)n_threads;
+    return (struct ahead){.n = 1, .range = {{from, from + READ_BYTES}}};
+}
+static void do_nothing(void *arg, int thread, int n_threads) {
+    (void)arg;
+    (void)thread;
+    (void)n_threads;
+}
+static void test_what_was_expected_may_be_given_back_once_it_is_forgotten(void **state) {
+    (void)state;
+    struct team *team;
+    assert_int_equal(team_new(&team, 2), OK);
+    for (int i = 0; i < 20; i++) {
+        char *memory = memory_map(READ_BYTES);
+        assert_non_null(memory);
+        team_expect(team, many_lines, memory);
+        team_run(team, do_nothing, NULL);
+        team_forget(team);
+        memory_unmap(memory, READ_BYTES);
+    }
+    team_free(team);
+}
+
 static void test_memory_is_zeroed_and_aligned(void **state) {
     (void)state;
     static const size_t sizes[] = {1,      63, 4096, 5000, (2 << 20) - 1, 2 << 20, (2 << 20) + 1,
@@ -372,6 +401,7 @@ int main(void) {
         cmocka_unit_test(test_lines_ahead_are_loaded_in_order_and_no_more_than_asked),
         cmocka_unit_test(test_a_thread_that_waits_loads_what_it_reads_next),
         cmocka_unit_test(test_expecting_changes_no_run),
+        cmocka_unit_test(test_what_was_expected_may_be_given_back_once_it_is_forgotten),
         cmocka_unit_test(test_memory_is_zeroed_and_aligned),
         cmocka_unit_test(test_unmapping_gives_everything_back),
         cmocka_unit_test(test_too_much_memory_is_refused),
