@@ -161,6 +161,20 @@ static enum err damaged(const char *path, char *msg, size_t msg_len) {
                    "%s is damaged, or no checkpoint: remove it to begin anew", path);
 }
 
+/* Heads ascend and are of this model, and so many updates can be: the digest says nothing of the
+ * header. */
+static bool header_is_good(const struct run *run, const struct header *h) {
+    int n_kv = run->recipe.attention.n_kv_heads, last = -1;
+    if (h->n_heads < 0 || h->n_heads > MOST_RETRIEVAL || h->n_updates >> 40) return false;
+    for (int i = 0; i < (int)h->n_heads; i++) {
+        int layer = h->heads[i][0], head = h->heads[i][1];
+        if (layer < 0 || layer >= run->training->n_layers || head < 0 || head >= n_kv) return false;
+        if (layer * n_kv + head <= last || recipe_keeps_softmax(&run->recipe, layer)) return false;
+        last = layer * n_kv + head;
+    }
+    return true;
+}
+
 /* The heads found, where as many are wanted now. */
 static void take_heads(struct run *run, const struct header *h) {
     struct recipe *r = &run->recipe;
@@ -182,8 +196,8 @@ static enum err read_body(struct run *run, const struct mapped *file, const char
     if (good) memcpy(&h, file->bytes, sizeof h);
     good = good && !memcmp(h.magic, MAGIC, sizeof h.magic) && h.identity_len < file->len &&
            h.n_params < file->len && h.n_sums < file->len && h.step < file->len &&
-           h.n_fine < file->len && h.fine_step < file->len && h.n_heads >= 0 &&
-           h.n_heads <= MOST_RETRIEVAL && file->len - sizeof h == body_bytes(run, &h);
+           h.n_fine < file->len && h.fine_step < file->len && header_is_good(run, &h) &&
+           file->len - sizeof h == body_bytes(run, &h);
     if (good) {
         const char *at = body + h.identity_len;
         pieces_of(run, &h, mine);

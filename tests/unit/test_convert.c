@@ -328,6 +328,22 @@ static void test_another_conversions_checkpoint_is_refused_and_kept(void **state
     write_bytes(in("out/checkpoint"), was.at, was.len);
     REFUSED("damaged", STORIES_CONVERT, "--out", in("out"), "--steps", "3");
     was.at[was.len / 2] ^= 1;
+    enum {
+        N_HEADS = 104,
+        HEADS = 112
+    }; /* behind the magic, eight counts, three doubles and one count */
+    static const unsigned char bad[][2] = {{N_HEADS, 2}, {N_HEADS + 7, 0x80}, {N_HEADS + 1, 2}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad;
+         i++) { /* two heads 0.0; fewer than none; 512 */
+        was.at[bad[i][0]] ^= bad[i][1];
+        write_bytes(in("out/checkpoint"), was.at, was.len);
+        REFUSED("damaged", STORIES_CONVERT, "--out", in("out"), "--steps", "3");
+        was.at[bad[i][0]] ^= bad[i][1];
+    }
+    was.at[N_HEADS] = 1, was.at[HEADS] = 5; /* one, of layer 5 of 5 */
+    write_bytes(in("out/checkpoint"), was.at, was.len);
+    REFUSED("damaged", STORIES_CONVERT, "--out", in("out"), "--steps", "3");
+    was.at[N_HEADS] = was.at[HEADS] = 0;
     write_bytes(in("out/checkpoint"), was.at, was.len);
     free(was.at);
     CONVERTED(STORIES_CONVERT, "--out", in("out"), "--steps", "3");
