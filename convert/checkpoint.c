@@ -135,9 +135,10 @@ static enum err refuse_other(const struct run *run, const cJSON *theirs, char *m
         const cJSON *a = mine, *b = other;
         for (const cJSON *inner = cJSON_IsObject(mine) ? mine->child : NULL; inner;
              inner = inner->next) {
-            b = cJSON_GetObjectItemCaseSensitive(other, inner->string);
-            if (cJSON_Compare(inner, b, true)) continue;
+            const cJSON *was_inner = cJSON_GetObjectItemCaseSensitive(other, inner->string);
+            if (cJSON_Compare(inner, was_inner, true)) continue;
             a = inner;
+            b = was_inner;
             snprintf(key, sizeof key, "%s.%s", mine->string, inner->string);
             break;
         }

@@ -423,7 +423,7 @@ cJSON *recipe_training_json(const struct recipe *r) {
     add_number(o, "accumulate", r->accumulate);
     add_number(o, "length", r->length);
     add_number(o, "rows", r->rows);
-    if (r->update_rows) add_number(o, "update_rows", r->update_rows);
+    add_number(o, "update_rows", r->update_rows);
     if (r->long_every) {
         add_number(o, "long_length", r->long_length);
         add_number(o, "long_every", r->long_every);

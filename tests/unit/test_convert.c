@@ -318,6 +318,8 @@ static void test_another_conversions_checkpoint_is_refused_and_kept(void **state
     struct bytes was = contents(in("out/checkpoint"));
     REFUSED("attention_transfer.lr was 0.01, now it is 0.02", STORIES_CONVERT, "--out", in("out"),
             "--steps", "3", "--lr", "0.02");
+    REFUSED("attention_transfer.update_rows was 16, now it is 0", STORIES_CONVERT, "--out",
+            in("out"), "--steps", "3", "--update-rows", "0", "--lr", "0.01", "--lr-mix", "0.025");
     REFUSED("attention.sinks was 1, now it is 2", STORIES_CONVERT, "--out", in("out"), "--steps",
             "3", "--sinks", "2");
     for (size_t cut = 0; cut < was.len; cut += was.len / 5) {
