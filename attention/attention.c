@@ -84,6 +84,9 @@ static enum err check_hedgehog(const struct attention_config *c, char *msg, size
         return err_set(msg, msg_len, ERR_FORMAT,
                        "attention cache age must be positive where recent is, not %d",
                        c->cache_age);
+    if (c->cache_fact_age < 0)
+        return err_set(msg, msg_len, ERR_FORMAT,
+                       "attention cache fact age must not be negative, not %d", c->cache_fact_age);
     if (c->horizon < 0)
         return err_set(msg, msg_len, ERR_FORMAT, "attention horizon must not be negative, not %lld",
                        (long long)c->horizon);
@@ -152,6 +155,7 @@ static uint64_t fingerprint(const struct attention *a) {
     for (int i = 0; i < a->n_layers * c->n_kv_heads; i++)
         if (a->rooms[i].retrieval)
             hash = mix_in(mix_in(mix_in(hash, i), c->retrieval_size), c->retrieval_recent);
+    if (c->cache_fact_age) hash = mix_in(hash, c->cache_fact_age);
     return hash;
 }
 
@@ -168,6 +172,7 @@ static struct attention_config canonical(const struct attention_config *config, 
                                          .max_seq_len = c.max_seq_len};
     c.max_seq_len = 0;
     if (!c.cache_recent && !c.retrieval_recent) c.cache_age = 0;
+    if (!c.cache_size && !c.retrieval_size) c.cache_fact_age = 0;
     if (!rope) c.max_distance = 0;
     return c;
 }

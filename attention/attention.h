@@ -50,6 +50,8 @@ struct attention_config {
     int cache_size;       /* terraced only, else 0 */
     int cache_recent;     /* places of the cache chosen by error / (1 + distance / age) */
     int cache_age;        /* tokens, > 0 when any places are recent ones */
+    int cache_fact_age; /* tokens: the other places are chosen by error / (1 + distance / fact age),
+                           in fp32; 0: by error alone */
     int retrieval_size, retrieval_recent; /* the same two of retrieval heads (attention_weights), where there are any */
     int64_t horizon;      /* keys; 0: a plain sum */
     enum mixing mixing;

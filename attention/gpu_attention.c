@@ -49,6 +49,7 @@ static struct gpu_shape shape_of(const struct attention *twin, bool exact) {
         .sinks = c->sinks,
         .ring = l->ring,
         .cache_age = c->cache_age,
+        .cache_fact_age = c->cache_fact_age,
         .most_cache = l->most_cache,
         .most_entries = l->entries,
         .horizon = c->horizon,

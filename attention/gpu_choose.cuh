@@ -11,9 +11,9 @@
 #include "attention/gpu_chain.cuh"
 
 struct choice_shared {
-    double *age;              /* [candidates] what an error is divided by */
+    double *aged;             /* [candidates] score for a recent place: by error and age */
     int64_t *score;           /* [candidates] by error and age, as bits: they order like numbers */
-    int *error;               /* [candidates] bits of a float */
+    int *fact;                /* [candidates] score for any other place: bits of a float */
     int *rank;                /* [candidates] */
     int *key, *next, *folded; /* [candidates] numbers of keys, ascending positions: of this block,
                                  of the block after it, of those that leave */
@@ -29,10 +29,10 @@ static inline size_t choice_bytes(int candidates) {
 DEVICE choice_shared choice_shared_at(int candidates, void *at) { /* 16-byte aligned */
     int n = (candidates + 6) / 4 * 4; /* scores end in up to three -1 */
     choice_shared m;
-    m.age = (double *)at;
-    m.score = (int64_t *)(m.age + n);
-    m.error = (int *)(m.score + n);
-    m.rank = m.error + n;
+    m.aged = (double *)at;
+    m.score = (int64_t *)(m.aged + n);
+    m.fact = (int *)(m.score + n);
+    m.rank = m.fact + n;
     m.key = m.rank + n;
     m.next = m.key + n;
     m.folded = m.next + n;
@@ -130,15 +130,14 @@ DEVICE bool is_kept(const unsigned *kept, int j) {
     return kept[j / 32] >> j % 32 & 1;
 }
 
-/* Of those that error alone does not keep, the first by error and age. */
+/* Of those that are not kept as facts, the first by error and age. */
 DEVICE void choose_recent(int by_error, int recent, int n, const choice_shared &m) {
     int *rest = m.folded, n_rest = n - by_error;
     for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
         m.rank[j] = 0;
         if (is_kept(m.kept, j)) continue;
         int r = j - kept_before(m.kept, j);
-        double score = (double)as_float((uint32_t)m.error[j]) / m.age[j];
-        memcpy(&m.score[r], &score, sizeof score);
+        memcpy(&m.score[r], &m.aged[j], sizeof m.aged[j]);
         rest[r] = j;
     }
     if (threadIdx.x < 3) m.score[n_rest + threadIdx.x] = -1;
@@ -150,8 +149,12 @@ DEVICE void choose_recent(int by_error, int recent, int n, const choice_shared &
     __syncthreads();
 }
 
+DEVICE double aged(float error, int64_t distance, int age) {
+    return age ? error / (1 + (double)distance / age) : error;
+}
+
 /* More candidates than places: key[n] -> next[cache], folded[n - cache], ascending.  Most places by
- * error alone, some by error and age. */
+ * error, which age hardly lessens, some by error and age. */
 DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b, int n,
                    const choice_shared &m) {
     const gpu_shape &s = c.shape;
@@ -160,7 +163,7 @@ DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b,
     for (int j = threadIdx.x; j < n;
          j += CHAIN_THREADS) { /* what takes long is under way at once */
         int64_t position = 0;
-        if (recent) position = source_of(s, u.piece, u.slot, m.key[j]).position;
+        if (recent || s.cache_fact_age) position = source_of(s, u.piece, u.slot, m.key[j]).position;
         const float *at = errors + j;
         float error = 0;
         for (int h = 0; h < s.state_heads; h++) {
@@ -170,14 +173,15 @@ DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b,
                 head += *at;
             error += head;
         }
-        if (recent) m.age[j] = 1 + (double)(b * s.window_size - position) / s.cache_age;
-        /* what overflows is not recalled at all */
-        m.error[j] = (int)as_bits(isnan(error) ? INFINITY : error);
+        if (isnan(error)) error = INFINITY; /* what overflows is not recalled at all */
+        int64_t distance = b * s.window_size - position;
+        if (recent) m.aged[j] = aged(error, distance, s.cache_age);
+        m.fact[j] = (int)as_bits((float)aged(error, distance, s.cache_fact_age));
         m.rank[j] = 0;
     }
-    if (threadIdx.x < 3) m.error[n + threadIdx.x] = -1;
+    if (threadIdx.x < 3) m.fact[n + threadIdx.x] = -1;
     __syncthreads();
-    rank_scores(m.error, n, m.rank);
+    rank_scores(m.fact, n, m.rank);
     __syncthreads();
     for (int j = threadIdx.x; j < (n + 31) / 32 * 32; j += CHAIN_THREADS) { /* whole warps */
         bool keep = j < n && m.rank[j] < by_error;

@@ -21,7 +21,7 @@ struct gpu_shape {
     int n_heads, n_kv_heads, group, state_heads; /* state_heads: states of a kv head, 1 or group */
     int head_dim, lanes, f, f_lanes, features, phi_lanes;
     int kind, map, mixing, window, kv_bf16;      /* enums of attention.h; kv_bf16: exact keys and values are bf16, not fp32 */
-    int window_size, sinks, ring, cache_age;
+    int window_size, sinks, ring, cache_age, cache_fact_age;
     int most_cache, most_entries;                /* of any head: what scratch and lists are made for */
     int64_t horizon, max_distance, max_seq_len;
     int map_before_rope, rope;                   /* rope: there is one */

@@ -214,20 +214,28 @@ static int64_t choice_name(const struct room *room, int64_t b) {
     return b * (room->cache + 1) + room->places;
 }
 
-/* Most places by error alone, so that facts stay however old they are; then some by error and age.
+static double aged(float error, int64_t distance, int age) {
+    return age ? error / (1 + (double)distance / age) : error;
+}
+
+/* Most places are for facts: by error, which age hardly lessens, so that they stay long, but not
+ * for ever, as what is recalled worst of all would (the state forgets, and recalls nothing old).
+ * Then some by error and a lesser age.  Facts' scores are rounded to fp32, which a device compares
+ * faster.
  */
 static void choose(const struct attention *a, int layer, int kv_head, struct memory *m, int64_t b,
                    int n, struct scratch *tmp) {
     const struct attention_config *c = &a->config;
-    double *score = tmp->rank, start = (double)(b * c->window_size);
+    double *score = tmp->rank;
+    int64_t start = b * c->window_size;
     int recent = m->room->recent;
     self_recall(a, layer, kv_head, m, tmp->entry, n, tmp->error, tmp);
     memset(m->chosen, 0, (size_t)n * sizeof *m->chosen);
     for (int j = 0; j < n; j++)
-        score[j] = tmp->error[j];
+        score[j] = (float)aged(tmp->error[j], start - tmp->position[j], c->cache_fact_age);
     a->kernels->keep_largest(m->chosen, score, n, m->room->places - recent);
     for (int j = 0; recent && j < n; j++)
-        score[j] /= 1 + (start - (double)tmp->position[j]) / c->cache_age;
+        score[j] = aged(tmp->error[j], start - tmp->position[j], c->cache_age);
     if (recent) a->kernels->keep_largest(m->chosen, score, n, recent);
     *m->chosen_for = choice_name(m->room, b);
 }

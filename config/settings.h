@@ -28,7 +28,7 @@ struct settings {
     const char *chat_template;  /* family name or NULL */
     const char *isa;            /* auto, generic, avx2, avx512, amx, dotprod */
     int threads;                /* 0: all */
-    int cache_size, cache_recent, cache_age, retrieval_size; /* -1: the model's */
+    int cache_size, cache_recent, cache_age, cache_fact_age, retrieval_size; /* -1: the model's */
     int64_t max_distance, horizon;           /* -1: the model's */
     int64_t max_seq_len;        /* 0: the model's / none */
     /* serve (max_seqs, memory_mb and prefill_chunk: run and bench too) */

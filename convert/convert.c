@@ -84,7 +84,7 @@ static enum err open_base(struct conversion *c) {
     model_options_set(&o, c->settings);
     o.max_seq_len = c->max_tokens;
     o.memory_budget = 0;
-    o.cache_size = o.cache_recent = o.cache_age = o.retrieval_size =
+    o.cache_size = o.cache_recent = o.cache_age = o.cache_fact_age = o.retrieval_size =
         -1; /* the pupil's, not the base's */
     o.max_distance = o.horizon = -1;
     o.max_logits = 1;

@@ -13,7 +13,7 @@ static const char *const window_names[] = {"none", "sliding", "terraced", NULL};
 static const char *const mixing_names[] = {"unified", "lolcats", NULL};
 
 enum { RECENT = 32 }; /* places of a cache that also keeps facts */
-enum { RETRIEVAL_RECENT = 32 }; /* one of so many of a retrieval head's */
+enum { RETRIEVAL_RECENT = 8 }; /* one of so many of a retrieval head's */
 enum { FINETUNE_RETRIEVAL = 256 };
 enum { MOST_DISTANCE = 4096 }; /* by default; farther was not worth anything (conversion.md 4.2) */
 
@@ -42,6 +42,7 @@ static void start_from(struct recipe *r, const char *name, const struct base_con
         a->sinks = 1;
         a->cache_size = 128;
         a->cache_age = 512;
+        a->cache_fact_age = 32768;
         a->horizon = 1024;
         a->map_before_rope = true;
         r->lr = 0.02;
@@ -182,7 +183,7 @@ static enum err set_attention(struct recipe *r, const struct settings *s,
     a->window = (enum window_rule)choice(s->window, window_names, a->window);
     if (a->window == WINDOW_NONE) a->window_size = a->sinks = 0;
     if (a->window != WINDOW_NONE && !a->window_size) a->window_size = 64;
-    if (a->window != WINDOW_TERRACED) a->cache_size = a->cache_age = 0;
+    if (a->window != WINDOW_TERRACED) a->cache_size = a->cache_age = a->cache_fact_age = 0;
     if (s->features) a->features = s->features;
     if (s->window_size >= 0) a->window_size = s->window_size;
     if (s->sinks >= 0) a->sinks = s->sinks;
@@ -191,6 +192,7 @@ static enum err set_attention(struct recipe *r, const struct settings *s,
     if (e) return e;
     if (s->cache_age >= 0) a->cache_age = s->cache_age;
     if (!a->cache_recent && !a->retrieval_recent) a->cache_age = 0;
+    if (s->cache_fact_age >= 0) a->cache_fact_age = s->cache_fact_age;
     if (s->horizon >= 0) a->horizon = s->horizon;
     if (a->map_before_rope && r->rope)
         a->max_distance = s->max_distance >= 0            ? s->max_distance
@@ -399,6 +401,7 @@ cJSON *recipe_attention_json(const struct recipe *r) {
         add_text(cache, "score", "self_recall");
         add_number(cache, "recent", a->cache_recent);
         if (a->cache_age) add_number(cache, "age", a->cache_age);
+        if (a->cache_fact_age) add_number(cache, "fact_age", a->cache_fact_age);
         if (a->retrieval_size) cJSON_AddItemToObject(cache, "retrieval", retrieval_json(r));
     } else {
         cJSON_AddNullToObject(o, "cache");

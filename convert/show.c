@@ -23,7 +23,7 @@ static enum err read_sample(cJSON **out, const char *folder, const struct settin
     o.path = folder;
     o.device = DEVICE_CPU;
     o.max_seq_len = o.memory_budget = 0;
-    o.cache_size = o.cache_recent = o.cache_age = o.retrieval_size =
+    o.cache_size = o.cache_recent = o.cache_age = o.cache_fact_age = o.retrieval_size =
         -1; /* the settings' are in its urchin.json */
     o.max_distance = o.horizon = -1;
     o.max_rows = READING_ROWS;

@@ -123,8 +123,9 @@ static void read_cache(struct reader *r, struct converted *c, const struct json 
         fault(r, "attention.", "cache", "is neither null nor an object");
         return;
     }
-    refuse_unknown(r, cache, in,
-                   (const char *const[]){"size", "score", "recent", "age", "retrieval", NULL});
+    refuse_unknown(
+        r, cache, in,
+        (const char *const[]){"size", "score", "recent", "age", "fact_age", "retrieval", NULL});
     read_choice(r, cache, in, "score", false, scores);
     a->cache_size = (int)read_int(r, cache, in, "size", 0, -1);
     a->cache_recent = (int)read_int(r, cache, in, "recent", 0, 0);
@@ -139,7 +140,9 @@ static void read_cache(struct reader *r, struct converted *c, const struct json 
         fault(r, in, "retrieval", "is neither null nor an object");
     }
     bool recent = a->cache_recent || a->retrieval_recent;
-    a->cache_age = (int)read_int(r, cache, "attention.cache.", "age", 1, recent ? -1 : 0);
+    in = "attention.cache.";
+    a->cache_age = (int)read_int(r, cache, in, "age", 1, recent ? -1 : 0);
+    a->cache_fact_age = (int)read_int(r, cache, in, "fact_age", 1, 0);
 }
 
 static void read_attention(struct reader *r, struct converted *c, const struct json *attention) {

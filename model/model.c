@@ -105,12 +105,13 @@ static enum err take_name(struct opening *o) {
 static enum err override_attention(struct opening *o, struct attention_config *a) {
     const struct model_options *options = o->options;
     bool any = options->cache_size >= 0 || options->cache_recent >= 0 || options->cache_age >= 0 ||
-               options->retrieval_size >= 0 || options->max_distance >= 0 || options->horizon >= 0;
+               options->cache_fact_age >= 0 || options->retrieval_size >= 0 ||
+               options->max_distance >= 0 || options->horizon >= 0;
     if (a->kind == ATTENTION_SOFTMAX) {
         if (!any) return OK;
         return err_set(o->msg, o->msg_len, ERR_ARG,
-                       "%s has softmax attention: cache size, recent, age, retrieval size, "
-                       "max distance and horizon are for Hedgehog models",
+                       "%s has softmax attention: cache size, recent, age, fact age, "
+                       "retrieval size, max distance and horizon are for Hedgehog models",
                        options->path);
     }
     if (options->max_distance >= 0 && !a->max_distance)
@@ -133,6 +134,7 @@ static enum err override_attention(struct opening *o, struct attention_config *a
         if (a->retrieval_recent > a->retrieval_size) a->retrieval_recent = a->retrieval_size;
     }
     if (options->cache_age >= 0) a->cache_age = options->cache_age;
+    if (options->cache_fact_age >= 0) a->cache_fact_age = options->cache_fact_age;
     a->cache_size *= options->cache_copies;
     a->retrieval_size *= options->cache_copies;
     if (options->max_distance >= 0) a->max_distance = options->max_distance;

@@ -28,7 +28,7 @@ struct model_options {
     int max_logits;            /* rows of one step that ask for logits */
     int n_slots;               /* 0: as many as memory_budget holds (at least 1, at most 256) */
     size_t memory_budget;      /* bytes for slots when n_slots is 0; 0: a quarter of available memory, nine tenths of a GPU's */
-    int cache_size, cache_recent, cache_age; /* -1: as the file says */
+    int cache_size, cache_recent, cache_age, cache_fact_age; /* -1: as the file says */
     int retrieval_size;                      /* places of retrieval heads; -1: as the file says */
     int cache_copies;                        /* so many times as many places everywhere (attention_state_add) */
     int64_t max_distance, horizon;           /* -1: as the file says (tests and research) */

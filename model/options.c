@@ -23,6 +23,7 @@ void model_options_init(struct model_options *o) {
         .cache_size = -1,
         .cache_recent = -1,
         .cache_age = -1,
+        .cache_fact_age = -1,
         .retrieval_size = -1,
         .cache_copies = 1,
         .max_distance = -1,
@@ -45,6 +46,7 @@ void model_options_set(struct model_options *o, const struct settings *s) {
     o->cache_recent = s->cache_recent;
     o->retrieval_size = s->retrieval_size;
     o->cache_age = s->cache_age;
+    o->cache_fact_age = s->cache_fact_age;
     o->max_distance = s->max_distance;
     o->horizon = s->horizon;
     o->chat_template = s->chat_template;

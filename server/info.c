@@ -45,6 +45,7 @@ static cJSON *attention_meta(const struct attention_config *c) {
     add_number(a, "cache_size", c->cache_size);
     add_number(a, "cache_recent", c->cache_recent);
     add_number(a, "cache_age", c->cache_age);
+    add_number(a, "cache_fact_age", c->cache_fact_age);
     add_number(a, "retrieval_size", c->retrieval_size);
     add_number(a, "horizon", (double)c->horizon);
     add_text(a, "mixing", mixing_names[c->mixing]);

@@ -234,6 +234,7 @@ static inline struct attention_config base_config(void) {
         .cache_size = 6,
         .cache_recent = 2,
         .cache_age = 20,
+        .cache_fact_age = 60,
         .horizon = 32,
         .mixing = MIXING_UNIFIED,
         .map_before_rope = true,

@@ -19,7 +19,8 @@ static struct attention_config shape_config(int shape) {
     if (shape == 1) c.head_dim = c.features = 128, c.cache_size = 21, c.cache_recent = 21;
     if (shape == 2) {
         c.n_heads = 4, c.n_kv_heads = 2, c.key_map_per_query_head = true;
-        c.features = 48, c.window_size = 24, c.cache_size = 9, c.cache_recent = 0, c.horizon = 0;
+        c.features = 48, c.window_size = 24, c.cache_size = 9,
+        c.cache_recent = c.cache_fact_age = 0, c.horizon = 0;
     }
     if (shape == RETRIEVAL)
         c.n_heads = 4, c.n_kv_heads = 2, c.cache_size = 13, c.cache_recent = 4,
@@ -29,7 +30,7 @@ static struct attention_config shape_config(int shape) {
         c.cache_recent = 8, c.retrieval_size = 170, c.retrieval_recent = 40, c.horizon = 200;
     if (shape == DEFAULT)
         c.window_size = 64, c.cache_size = 128, c.cache_recent = 32, c.cache_age = 512,
-        c.horizon = 200, c.sinks = 1;
+        c.cache_fact_age = 8192, c.horizon = 200, c.sinks = 1;
     return c;
 }
 
@@ -43,16 +44,20 @@ static int first_choice(const struct attention_config *c) {
 struct candidates {
     int n;
     int64_t position[MOST];
-    float error[MOST];
+    float error[MOST], fact[MOST];
     double aged[MOST];
 };
 
 static struct candidates candidates_of(struct rig *g, const void *slot, int layer, int kv) {
     struct candidates c;
     int64_t start = slot_header(slot)->position;
+    double age = g->config.cache_age, fact_age = g->config.cache_fact_age;
     c.n = attention_cache_scores(g->a, slot, layer, kv, c.position, c.error);
-    for (int j = 0; j < c.n; j++)
-        c.aged[j] = c.error[j] / (1 + (double)(start - c.position[j]) / g->config.cache_age);
+    for (int j = 0; j < c.n; j++) {
+        double distance = (double)(start - c.position[j]);
+        c.aged[j] = c.error[j] / (1 + distance / age);
+        c.fact[j] = fact_age ? (float)(c.error[j] / (1 + distance / fact_age)) : c.error[j];
+    }
     return c;
 }
 
@@ -66,16 +71,16 @@ static double nth_largest(const float *x, int n, int nth) { /* nth 0: the larges
     return INFINITY;
 }
 
-/* kept [n] could be the choice by errors that are within 1e-4 of these.  A key whose error is above
- * the last place's stays; one that is near it may have that place; and of the others none may be
- * passed over for one of lower score by age. */
+/* kept [n] could be the choice by errors that are within 1e-4 of these.  A key whose score as a
+ * fact is above the last place's stays; one that is near it may have that place; and of the others
+ * none may be passed over for one of lower score by age. */
 static void assert_chosen(const struct room *room, const struct candidates *of, const bool *kept) {
     const double near = 1e-4;
     int places = room->cache - room->recent, sure = 0, n_kept = 0, n_near = 0;
-    double least = places ? nth_largest(of->error, of->n, places - 1) : INFINITY;
+    double least = places ? nth_largest(of->fact, of->n, places - 1) : INFINITY;
     bool is_sure[MOST], is_near[MOST];
     for (int j = 0; j < of->n; j++) {
-        double e = (double)of->error[j];
+        double e = (double)of->fact[j];
         is_sure[j] = e > least * (1 + near);
         is_near[j] = !is_sure[j] && e >= least * (1 - near);
         assert_true(kept[j] || !is_sure[j]);

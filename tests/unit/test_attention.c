@@ -297,6 +297,7 @@ static void test_settings_that_make_no_sense_are_refused_by_name(void **state) {
         WRONG(cache_recent, 7, "recent"),
         WRONG(cache_recent, -1, "recent"),
         WRONG(cache_age, 0, "age"),
+        WRONG(cache_fact_age, -1, "fact age"),
         WRONG(mixing, 2, "mixing"),
     };
     char msg[200];

@@ -22,6 +22,7 @@ static struct attention_config tiny_none(enum kv_type kv) {
                                      .cache_size = 16,
                                      .cache_recent = 4,
                                      .cache_age = 100,
+                                     .cache_fact_age = 300,
                                      .horizon = 64,
                                      .mixing = MIXING_UNIFIED,
                                      .map_before_rope = true,

@@ -70,9 +70,11 @@ static int reference_choice(const struct attention_config *c, int size, int n_re
         double best = -1;
         int at = -1;
         for (int j = 0; j < n; j++) {
-            bool recent = place >= size - n_recent;
-            double score =
-                recent ? error[j] / (1 + (double)(start - position[j]) / c->cache_age) : error[j];
+            double distance = (double)(start - position[j]), score = error[j];
+            if (place >= size - n_recent)
+                score /= 1 + distance / c->cache_age;
+            else if (c->cache_fact_age)
+                score = (float)(score / (1 + distance / c->cache_fact_age));
             if (!keep[j] && score > best) best = score, at = j;
         }
         if (at >= 0) keep[at] = true;
@@ -157,6 +159,14 @@ static void check_scores_and_choice(struct attention_config of) {
 static void test_scores_and_choice_follow_the_definition(void **state) {
     (void)state;
     check_scores_and_choice(config(false));
+}
+static void test_facts_age_slower_than_recent_keys(void **state) {
+    (void)state;
+    struct attention_config c = config(false);
+    c.cache_fact_age = 90;
+    check_scores_and_choice(c);
+    c.cache_recent = c.cache_age = 0, c.cache_fact_age = 30; /* facts alone */
+    check_scores_and_choice(c);
 }
 static void test_retrieval_heads_choose_for_their_own_places(void **state) {
     (void)state;
@@ -290,6 +300,7 @@ static void test_keys_move_as_if_one_by_one(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_scores_and_choice_follow_the_definition),
+        cmocka_unit_test(test_facts_age_slower_than_recent_keys),
         cmocka_unit_test(test_retrieval_heads_choose_for_their_own_places),
         cmocka_unit_test(test_scores_are_summed_over_the_groups_maps),
         cmocka_unit_test(test_equal_keys_score_equal_bits_and_the_earlier_stays),

@@ -19,6 +19,7 @@ static struct attention_config small(void) {
                                      .cache_size = 12,
                                      .cache_recent = 4,
                                      .cache_age = 20,
+                                     .cache_fact_age = 50,
                                      .horizon = 24,
                                      .mixing = MIXING_UNIFIED,
                                      .map_before_rope = true,

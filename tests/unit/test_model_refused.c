@@ -201,6 +201,7 @@ static void test_bad_urchin_json_is_refused_by_name(void **state) {
         {"\"self_recall\"", "\"newest\"", "attention.cache.score"},
         {"\"recent\":4", "\"recent\":17", "recent"},
         {"\"age\":32", "\"age\":0", "attention.cache.age"},
+        {"\"age\":32", "\"age\":32,\"fact_age\":0", "attention.cache.fact_age"},
         {"\"age\":32", "\"age\":32,\"min\":1", "attention.cache.min is not known"},
         {"\"age\":32", "\"age\":32,\"retrieval\":3", "attention.cache.retrieval is neither"},
         {"\"age\":32", "\"age\":32,\"retrieval\":{\"size\":9}", "attention.cache.retrieval.heads"},
