@@ -170,7 +170,7 @@ static void test_a_bases_heads_are_found_recorded_and_served(void **state) {
         flagged += i->retrieval[h];
     assert_int_equal(flagged, 2);
     assert_true(i->retrieval[17 * n_kv + 1] && i->retrieval[18 * n_kv + 2]);
-    assert_true(i->attention.retrieval_size == 64 && i->attention.retrieval_recent == 2 &&
+    assert_true(i->attention.retrieval_size == 64 && i->attention.retrieval_recent == 8 &&
                 i->attention.cache_size == 128 && i->attention.cache_recent == 96);
     model_close(m);
 }
