@@ -12,7 +12,7 @@
 
 struct choice_shared {
     double *aged;             /* [candidates] score for a recent place: by error and age */
-    int64_t *score;           /* [candidates] by error and age, as bits: they order like numbers */
+    int64_t *score;           /* [candidates] aged of those that are no facts, as bits: they order like numbers */
     int *fact;                /* [candidates] score for any other place: bits of a float */
     int *rank;                /* [candidates] */
     int *key, *next, *folded; /* [candidates] numbers of keys, ascending positions: of this block,
@@ -131,8 +131,8 @@ DEVICE bool is_kept(const unsigned *kept, int j) {
 }
 
 /* Of those that are not kept as facts, the first by error and age. */
-DEVICE void choose_recent(int by_error, int recent, int n, const choice_shared &m) {
-    int *rest = m.folded, n_rest = n - by_error;
+DEVICE void choose_recent(int facts, int recent, int n, const choice_shared &m) {
+    int *rest = m.folded, n_rest = n - facts;
     for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
         m.rank[j] = 0;
         if (is_kept(m.kept, j)) continue;
@@ -158,7 +158,7 @@ DEVICE double aged(float error, int64_t distance, int age) {
 DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b, int n,
                    const choice_shared &m) {
     const gpu_shape &s = c.shape;
-    int recent = u.slot.recent, by_error = u.slot.cache - recent;
+    int recent = u.slot.recent, facts = u.slot.cache - recent;
     const float *errors = chain_errors(c, turn, u.block.piece, u.index, u.kv_head, 0, 0);
     for (int j = threadIdx.x; j < n;
          j += CHAIN_THREADS) { /* what takes long is under way at once */
@@ -184,12 +184,12 @@ DEVICE void choose(const gpu_chain &c, const chain_unit &u, int turn, int64_t b,
     rank_scores(m.fact, n, m.rank);
     __syncthreads();
     for (int j = threadIdx.x; j < (n + 31) / 32 * 32; j += CHAIN_THREADS) { /* whole warps */
-        bool keep = j < n && m.rank[j] < by_error;
+        bool keep = j < n && m.rank[j] < facts;
         unsigned bits = __ballot_sync(0xffffffffu, keep);
         if (j % 32 == 0) m.kept[j / 32] = bits;
     }
     __syncthreads();
-    if (recent) choose_recent(by_error, recent, n, m);
+    if (recent) choose_recent(facts, recent, n, m);
     for (int j = threadIdx.x; j < n; j += CHAIN_THREADS) {
         int before = kept_before(m.kept, j);
         if (is_kept(m.kept, j))

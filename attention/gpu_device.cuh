@@ -24,7 +24,7 @@ extern "C" {
 struct gpu_place {
     char *states, *keys, *turned, *values;
     int64_t *positions;
-    int cache, recent; /* places of its cache; those by error and age */
+    int cache, recent; /* places of its cache; of them for recent keys */
 };
 
 DEVICE gpu_place place_of(const gpu_shape &s, int slot, int layer, int kv_head) {

@@ -12,7 +12,7 @@ extern "C" {
 
 /* One layer and kv head of a slot: heads differ in the places of their cache (internal.h, struct room). */
 struct gpu_room {
-    int cache, recent;                               /* places; those by error and age */
+    int cache, recent;                              /* places; of them for recent keys */
     size_t states, keys, values, positions, turned; /* offsets into a slot */
 };
 

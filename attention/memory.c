@@ -9,7 +9,7 @@
  * r_j[0:D] / r_j[D] - v_j ||^2
  *
  * the worst recalled stay in the cache and the others are folded into S.  (LoLA, arXiv:2505.23666;
- * ours: places for recent keys, and a horizon.)  That is 200 times the work of a row, and its
+ * ours: places for recent keys, age, a horizon.)  That is 200 times the work of a row, and its
  * inputs are complete one block earlier: so each layer chooses and folds at another row of block b
  * - 1, into a second state, which block b takes for its own.  Whoever comes to block b without them
  * (other places, a loaded state) does both there, to the same bits. */
@@ -218,11 +218,9 @@ static double aged(float error, int64_t distance, int age) {
     return age ? error / (1 + (double)distance / age) : error;
 }
 
-/* Most places are for facts: by error, which age hardly lessens, so that they stay long, but not
- * for ever, as what is recalled worst of all would (the state forgets, and recalls nothing old).
- * Then some by error and a lesser age.  Facts' scores are rounded to fp32, which a device compares
- * faster.
- */
+/* Most places are for facts: by error, slowly lessened by age, since by error alone the oldest keys
+ * would stay for ever (the state forgets them, so it recalls them worst).  Then some by error and a
+ * smaller age.  Facts' scores are rounded to fp32, which a device compares faster. */
 static void choose(const struct attention *a, int layer, int kv_head, struct memory *m, int64_t b,
                    int n, struct scratch *tmp) {
     const struct attention_config *c = &a->config;

@@ -68,6 +68,7 @@ int main(int argc, char **argv) {
                                       .cache_size = 128,
                                       .cache_recent = 32,
                                       .cache_age = 512,
+                                      .cache_fact_age = 32768,
                                       .horizon = 1024,
                                       .mixing = MIXING_UNIFIED,
                                       .map_before_rope = true,

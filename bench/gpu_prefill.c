@@ -74,6 +74,7 @@ int main(int argc, char **argv) {
                                       .cache_size = 128,
                                       .cache_recent = 32,
                                       .cache_age = 1024,
+                                      .cache_fact_age = 32768,
                                       .horizon = 1024,
                                       .map_before_rope = true,
                                       .max_distance = 4096};

@@ -92,7 +92,9 @@ static enum err open_models(struct eval *e) {
 
     if (s->against) {
         options_of(&o, e);
-        o.retrieval_size = -1; /* a dial of the model that is measured */
+        o.cache_size = o.cache_recent = o.cache_age = o.cache_fact_age = o.retrieval_size =
+            -1; /* dials of the model that is measured */
+        o.max_distance = o.horizon = -1;
         bool base = !strcmp(s->against, "base");
         if (base && !info->base_path)
             return FAIL(e, ERR_ARG, "--against base: %s is not an adapter, so it names no base",
@@ -117,7 +119,7 @@ static enum err open_models(struct eval *e) {
     if (listed(s->ablate, "linear")) add_reader(e, "exact keys only", e->model, false, whole);
     if (!cache || !(listed(s->ablate, "cache") || listed(s->ablate, "both"))) return OK;
     options_of(&o, e);
-    o.cache_size = o.cache_recent = o.retrieval_size = 0;
+    o.cache_size = o.cache_recent = o.cache_fact_age = o.retrieval_size = 0;
     err = model_open(&e->uncached, &o, e->msg, e->msg_len);
     if (err) return err;
     if (listed(s->ablate, "cache")) add_reader(e, "no cache", e->uncached, true, whole);

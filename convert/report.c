@@ -222,6 +222,8 @@ void report_table(FILE *out, const struct report *r) {
                 info->attention.kv_type == KV_FP32 ? "fp32" : "bf16", info->attention.cache_size);
         if (info->attention.retrieval_size)
             fprintf(out, ", %d in retrieval heads", info->attention.retrieval_size);
+        if (info->attention.cache_fact_age)
+            fprintf(out, ", facts' age %d", info->attention.cache_fact_age);
         fprintf(out, "%s\n", is_base(r, i) ? " (the others are compared with it)" : "");
     }
     if (r->texts) fprintf(out, "text: %s\n", r->texts);

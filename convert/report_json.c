@@ -108,6 +108,7 @@ static cJSON *json_reader(const struct report *r, int i) {
     cJSON_AddBoolToObject(o, "linear", r->readers[i].linear);
     cJSON_AddNumberToObject(o, "cache_size", info->attention.cache_size);
     cJSON_AddNumberToObject(o, "retrieval_size", info->attention.retrieval_size);
+    cJSON_AddNumberToObject(o, "cache_fact_age", info->attention.cache_fact_age);
     cJSON_AddStringToObject(o, "weights", weight_type_name(info->weights));
     cJSON_AddStringToObject(o, "kv_type", info->attention.kv_type == KV_FP32 ? "fp32" : "bf16");
     if (r->has_perplexity) {

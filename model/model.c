@@ -130,8 +130,10 @@ static enum err override_attention(struct opening *o, struct attention_config *a
                        "%s names no retrieval heads, so there is nothing to give them",
                        options->path);
     if (options->retrieval_size >= 0) {
+        if (a->retrieval_size) /* as large a part of them stays for recent keys */
+            a->retrieval_recent =
+                (int)((int64_t)a->retrieval_recent * options->retrieval_size / a->retrieval_size);
         a->retrieval_size = options->retrieval_size;
-        if (a->retrieval_recent > a->retrieval_size) a->retrieval_recent = a->retrieval_size;
     }
     if (options->cache_age >= 0) a->cache_age = options->cache_age;
     if (options->cache_fact_age >= 0) a->cache_fact_age = options->cache_fact_age;

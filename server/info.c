@@ -47,6 +47,7 @@ static cJSON *attention_meta(const struct attention_config *c) {
     add_number(a, "cache_age", c->cache_age);
     add_number(a, "cache_fact_age", c->cache_fact_age);
     add_number(a, "retrieval_size", c->retrieval_size);
+    add_number(a, "retrieval_recent", c->retrieval_recent);
     add_number(a, "horizon", (double)c->horizon);
     add_text(a, "mixing", mixing_names[c->mixing]);
     add_number(a, "max_distance", (double)c->max_distance);
@@ -116,6 +117,10 @@ static void print_attention(const struct attention_config *c) {
     printf("  exact keys  window %s of %d, %d sinks, recall cache %d (%d recent), in %s\n",
            window_names[c->window], c->window_size, c->sinks, c->cache_size, c->cache_recent,
            kv_names[c->kv_type]);
+    if (c->cache_age)
+        printf("  age         scores halve after %d tokens in recent places", c->cache_age);
+    if (c->cache_age && c->cache_fact_age) printf(", %d in others", c->cache_fact_age);
+    if (c->cache_age) printf("\n");
     printf("  mixing      %s", mixing_names[c->mixing]);
     if (c->horizon) printf(", horizon %lld keys", (long long)c->horizon);
     if (c->max_distance) printf(", farthest distance %lld", (long long)c->max_distance);

@@ -22,6 +22,7 @@ static const struct attention_config configs[] = {
      .cache_size = 5,
      .cache_recent = 2,
      .cache_age = 9,
+     .cache_fact_age = 30,
      .horizon = 20,
      .map_before_rope = true,
      .max_distance = 10},

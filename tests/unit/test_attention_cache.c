@@ -5,6 +5,8 @@
 
 #include "compute/cpu.h"
 
+#include <limits.h>
+
 enum { N = 120 };
 
 static struct attention_config config(bool per_query_head) {
@@ -165,7 +167,10 @@ static void test_facts_age_slower_than_recent_keys(void **state) {
     struct attention_config c = config(false);
     c.cache_fact_age = 90;
     check_scores_and_choice(c);
-    c.cache_recent = c.cache_age = 0, c.cache_fact_age = 30; /* facts alone */
+    c.retrieval_size = 33, c.retrieval_recent = 4;
+    check_scores_and_choice(c);
+    c.cache_recent = c.cache_age = 0, c.retrieval_size = c.retrieval_recent = 0;
+    c.cache_fact_age = 30; /* facts alone */
     check_scores_and_choice(c);
 }
 static void test_retrieval_heads_choose_for_their_own_places(void **state) {
@@ -182,12 +187,11 @@ static void test_scores_are_summed_over_the_groups_maps(void **state) {
 }
 
 /* Keys without positions repeat where tokens repeat: their scores are the same bits, wherever they
- * lie, and the earlier stays. */
-static void test_equal_keys_score_equal_bits_and_the_earlier_stays(void **state) {
-    (void)state;
+ * lie, and the earlier stays; also where age lessens scores by less than fp32 shows. */
+static void check_equal_keys(int fact_age) {
     struct rig g;
     struct attention_config c = config(false);
-    c.cache_recent = c.cache_age = 0;
+    c.cache_recent = c.cache_age = 0, c.cache_fact_age = fact_age;
     rig_open(&g, c, 1000, N, 2, false);
     size_t row = (size_t)c.n_kv_heads * c.head_dim;
     for (int i = 0; i < RIG_LAYERS; i++)
@@ -212,6 +216,7 @@ static void test_equal_keys_score_equal_bits_and_the_earlier_stays(void **state)
                     int64_t pa = position[a] < 11 ? position[a] : position[a] * 7 % 11,
                             pb = position[b] < 11 ? position[b] : position[b] * 7 % 11;
                     if (pa != pb) continue;
+                    if ((double)(n + 8 - position[a]) * 0x1p25 >= fact_age && fact_age) continue;
                     assert_memory_equal(&error[a], &error[b], sizeof *error);
                     bool has_a = false, has_b = false;
                     for (int e = 0; e < n_mine; e++)
@@ -225,6 +230,11 @@ static void test_equal_keys_score_equal_bits_and_the_earlier_stays(void **state)
     assert_true(ties > 100);
     free(slot), free(y);
     rig_close(&g);
+}
+static void test_equal_keys_score_equal_bits_and_the_earlier_stays(void **state) {
+    (void)state;
+    check_equal_keys(0);
+    check_equal_keys(INT_MAX);
 }
 
 static void test_imposed_sets_are_held_and_later_blocks_choose(void **state) {

@@ -182,11 +182,14 @@ static void expect_refused(const struct rig *g, void *slot, const void *state, s
 static void test_hostile_states_are_refused_with_a_sentence(void **state) {
     (void)state;
     enum { N = 60 };
-    struct rig g, other;
+    struct rig g, other, older;
     rig_open(&g, small(), 100, N, 1, false);
     struct attention_config c = small();
     c.horizon = 25;
     rig_open(&other, c, 100, N, 1, false);
+    c = small();
+    c.cache_fact_age++;
+    rig_open(&older, c, 100, N, 1, false);
     void *slot = slot_open(&g), *victim = slot_open(&g);
     float *y = rows_open(&g);
     rig_read(&g, slot, 0, N - 3, y);
@@ -197,6 +200,7 @@ static void test_hostile_states_are_refused_with_a_sentence(void **state) {
     memcpy(bad, good, bytes);
     expect_refused(&g, victim, bad, bytes + 64, "bytes");
     expect_refused(&other, victim, good, bytes, "other attention settings");
+    expect_refused(&older, victim, good, bytes, "other attention settings");
     bad[0] ^= 1;
     expect_refused(&g, victim, bad, bytes, "not a saved sequence state");
     memcpy(bad, good, bytes);
@@ -242,6 +246,7 @@ static void test_hostile_states_are_refused_with_a_sentence(void **state) {
     free(slot), free(victim), free(y), free(good), free(bad);
     rig_close(&g);
     rig_close(&other);
+    rig_close(&older);
 }
 
 static void test_a_softmax_state_is_as_long_as_its_text(void **state) {

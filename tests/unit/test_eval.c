@@ -429,7 +429,8 @@ static void test_the_report_holds_all_tests_of_all_readers(void **state) {
                      "fp32",      "--tokens",  "600",
                      "--context", "200",       "--bin",
                      "250",       "--lengths", "150,510",
-                     "--tries",   "2",         "--json"};
+                     "--tries",   "2",         "--cache-fact-age",
+                     "700",       "--json"}; /* for MODEL: the other has no cache */
     assert_int_equal(run_eval(flags, sizeof flags / sizeof *flags, 1, text, sizeof text), 0);
     struct json *root;
     char msg[256];
@@ -456,6 +457,7 @@ static void test_the_report_holds_all_tests_of_all_readers(void **state) {
         assert_true(json_number(json_get(json_child(lengths), "tries"), 0) == 2);
         int cache_size = (int)json_number(json_get(r, "cache_size"), -1);
         assert_int_equal(cache_size, i == 1 || i == 2 ? 16 : 0); /* base and "no cache" have none */
+        assert_true(json_number(json_get(r, "cache_fact_age"), -1) == (cache_size ? 700 : 0));
         assert_int_equal(json_get(r, "heads") != NULL,
                          i == 1 || i == 3); /* who has a linear branch at work */
         assert_int_equal(json_bool(json_get(r, "ablation"), false), i > 1);

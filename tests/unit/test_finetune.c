@@ -211,9 +211,10 @@ static void test_what_does_not_go_together_is_refused(void **state) {
 static void test_fine_tuning_may_have_fewer_places_than_are_served(void **state) {
     (void)state;
     CONVERTED(SHORT, "--out", in("few"), "--finetune-steps", "2", "--retrieval-heads", "1.0,2.3",
-              "--retrieval-size", "4");
+              "--retrieval-size", "4", "--cache-fact-age", "100");
     CONVERTED(SHORT, "--out", in("fewer"), "--finetune-steps", "2", "--retrieval-heads", "1.0,2.3",
-              "--retrieval-size", "40", "--finetune-retrieval-size", "4");
+              "--retrieval-size", "40", "--finetune-retrieval-size", "4", "--cache-fact-age",
+              "100");
     CONVERTED(SHORT, "--out", in("all"), "--finetune-steps", "2", "--retrieval-heads", "1.0,2.3",
               "--retrieval-size", "40");
     assert_same_file(in("few/hedgehog.safetensors"), in("fewer/hedgehog.safetensors"));
@@ -227,8 +228,32 @@ static void test_fine_tuning_may_have_fewer_places_than_are_served(void **state)
     const struct json *cache = json_get(json_get(record, "attention"), "cache"),
                       *stage = json_get(json_get(record, "training"), "finetune");
     assert_true(json_number(json_get(json_get(cache, "retrieval"), "size"), 0) == 40);
+    assert_true(json_number(json_get(cache, "fact_age"), 0) == 100);
     assert_true(json_number(json_get(stage, "retrieval_size"), 0) == 4);
     json_free(record);
+}
+
+/* What is served is what was recorded, unless the dials say otherwise; fewer places, fewer recent.
+ */
+static void test_the_caches_dials_change_what_was_recorded(void **state) {
+    (void)state;
+    CONVERTED(SHORT, "--out", in("made"), "--finetune", "none", "--retrieval-heads", "1.0,2.3",
+              "--retrieval-size", "40");
+    struct model_options o;
+    model_options_init(&o);
+    o.path = in("made");
+    o.team = team;
+    o.n_slots = 1;
+    for (int dials = 0; dials < 2; dials++) {
+        struct model *m;
+        if (dials) o.retrieval_size = 16, o.cache_fact_age = 7;
+        if (model_open(&m, &o, said, sizeof said)) fail_msg("%s", said);
+        const struct attention_config *c = &model_info(m)->attention;
+        assert_int_equal(c->retrieval_size, dials ? 16 : 40);
+        assert_int_equal(c->retrieval_recent, dials ? 2 : 5);
+        assert_int_equal(c->cache_fact_age, dials ? 7 : 32768);
+        model_close(m);
+    }
 }
 
 int main(void) {
@@ -241,6 +266,7 @@ int main(void) {
         IN_FOLDER(test_an_interruption_in_either_stage_goes_on_to_the_same_bytes),
         IN_FOLDER(test_what_transfer_does_not_know_may_change_at_its_end),
         IN_FOLDER(test_fine_tuning_may_have_fewer_places_than_are_served),
+        IN_FOLDER(test_the_caches_dials_change_what_was_recorded),
         IN_FOLDER(test_a_checkpoint_of_fine_tuning_is_refused_when_damaged_or_anothers),
         IN_FOLDER(test_fine_tuning_that_diverges_stops_and_keeps_what_was_good),
         IN_FOLDER(test_what_does_not_go_together_is_refused),

@@ -171,7 +171,8 @@ static void test_a_bases_heads_are_found_recorded_and_served(void **state) {
     assert_int_equal(flagged, 2);
     assert_true(i->retrieval[17 * n_kv + 1] && i->retrieval[18 * n_kv + 2]);
     assert_true(i->attention.retrieval_size == 64 && i->attention.retrieval_recent == 8 &&
-                i->attention.cache_size == 128 && i->attention.cache_recent == 96);
+                i->attention.cache_size == 128 && i->attention.cache_recent == 96 &&
+                i->attention.cache_fact_age == 32768);
     model_close(m);
 }
 
