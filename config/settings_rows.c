@@ -34,7 +34,7 @@ const struct row settings_rows[] = {
     {"cache-recent", INT, AT(cache_recent), ALL, "-1", -1, 1 << 20, 0, "N", "places of the recall cache that prefer recent keys; -1: the model's"},
     {"cache-age", INT, AT(cache_age), ALL, "-1", -1, INT_MAX, 0, "TOKENS", "distance at which a recent place halves a key's score; -1: the model's"},
     {"cache-fact-age", INT, AT(cache_fact_age), ALL, "-1", -1, INT_MAX, 0, "TOKENS", "distance at which any other place, one for facts, halves a key's score; 0: never; -1: the model's"},
-    {"retrieval-size", INT, AT(retrieval_size), ALL, "-1", -1, 1 << 20, 0, "N", "places of the recall cache in the model's retrieval heads, which look facts up; -1: the model's (convert: 2,048)"},
+    {"retrieval-size", INT, AT(retrieval_size), ALL, "-1", -1, 1 << 20, 0, "N", "places of the recall cache in the model's retrieval heads, which look facts up; -1: the model's (convert: 3,072)"},
     {"max-distance", INT64, AT(max_distance), ALL, "-1", -1, BIG, 0, "TOKENS", "farthest distance a far exact key is given; -1: the model's"},
     {"horizon", INT64, AT(horizon), ALL, "-1", -1, BIG, 0, "KEYS", "keys in the state before it is scaled down at each fold; -1: the model's"},
 

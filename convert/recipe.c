@@ -119,14 +119,14 @@ static enum err read_heads(struct recipe *r, const char *list, const struct base
  * for what is recent. */
 static enum err set_retrieval(struct recipe *r, const struct settings *s,
                               const struct base_config *base, char *msg, size_t msg_len) {
-    enum { SIZE = 2048, ONE_IN = 12, AGE = 512 };
+    enum { SIZE = 3072, CONTEXT = 2048, ONE_IN = 12, AGE = 512 };
     struct attention_config *a = &r->attention;
     int n_heads = base->n_layers * base->n_kv_heads;
     enum err e = OK;
     a->retrieval_size = s->retrieval_size >= 0 ? s->retrieval_size : SIZE;
     if (s->retrieval_heads)
         e = read_heads(r, s->retrieval_heads, base, msg, msg_len);
-    else if (!strcmp(r->name, "urchin") && a->cache_size && base->context >= SIZE)
+    else if (!strcmp(r->name, "urchin") && a->cache_size && base->context >= CONTEXT)
         r->n_retrieval = (n_heads + ONE_IN - 1) / ONE_IN;
     if (e) return e;
     if (r->n_retrieval > n_heads) r->n_retrieval = n_heads;

@@ -2,7 +2,7 @@
  *
  * Three recipes, of which every part may be set otherwise (docs/convert.md):
  *   urchin   conversion.md's: exp map before RoPE, key map per kv head, terraced window 64, 1 sink,
- *            recall cache 128, of retrieval heads 2,048, one scale, horizon 1,024; cross-entropy of
+ *            recall cache 128, of retrieval heads 3,072, one scale, horizon 1,024; cross-entropy of
  *            rows, calibrated first
  *   lolcats  arXiv:2410.10254, stage 1: two softmaxes of half the head's size after RoPE, key map
  *            per query head, terraced window 64, its own mixing; 1000 times the squared error of
