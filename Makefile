@@ -173,8 +173,9 @@ test: ## all tests; the last line counts them
 	@$(MAKE) --no-print-directory $(TESTED)
 	@$(if $(SAN),URCHIN_CACHE=$(BUILD)) tests/run $(TESTED) # sanitized, without the default model: ten times slower
 
+# Without the bits of the device's attention: the same kernels as in its other tests, and the longest.
 asan: ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(MAKE) --no-print-directory test BUILD=$(BUILD)-asan EMULATED='$$(GPU_TESTS)' \
+	@$(MAKE) --no-print-directory test BUILD=$(BUILD)-asan EMULATED='$$(filter-out %_bits,$$(GPU_TESTS))' \
 	    SAN="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 tsan: ## the tests of what has threads under ThreadSanitizer; the emulated device has none, but fibres that it does not know

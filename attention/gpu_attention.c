@@ -284,8 +284,12 @@ enum err gpu_attention_new(struct gpu_attention **out, struct gpu *g, struct att
     bool fits = !gpu_has_blocks(a) || gpu_chain_fits(gpu_info(g), &a->shape);
     if (fits && a->positions && a->layers && a->waves && a->groups) e = place_all_but_slots(a);
     if (!fits)
-        err_set(msg, msg_len, e, "an attention cache of %d entries is too large for the device",
-                a->shape.most_cache);
+        err_set(msg, msg_len, e,
+                "a recall cache of %d places is more than the device can choose in a block of "
+                "threads: serve the model with a smaller %s",
+                a->shape.most_cache,
+                twin->config.retrieval_size > twin->config.cache_size ? "--retrieval-size"
+                                                                      : "--cache-size");
     else if (e)
         err_set(msg, msg_len, e, "no memory for attention beside its sequences");
     else

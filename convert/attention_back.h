@@ -18,7 +18,7 @@
  *            domega_h = (1 - sigmoid(omega_h)) sum_nj t_nj   (lolcats)
  *
  * and through the maps to W_q, W_k and to q', k', which are q and k before or after RoPE.  Which keys are cached is a
- * constant.  Everything goes in chunks of rows, so the cost is linear in the length (hedgehog.md 1.4, 3.2).
+ * constant.  Everything goes in chunks of rows, so the cost is linear in the length.
  *
  * Calls for different heads may run side by side; results do not depend on how they are dealt out. */
 #ifndef URCHIN_CONVERT_ATTENTION_BACK_H

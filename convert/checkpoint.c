@@ -123,28 +123,29 @@ static bool same_conversion(const cJSON *a, const cJSON *b, bool only_transfer) 
     return same;
 }
 
-/* The first key that differs between the two, in a sentence's words. */
+/* The first setting that differs, as deep as both have it: its name into key, and both values. */
+static void find_difference(const cJSON *is, const cJSON *was, char *key, size_t len,
+                            const cJSON *found[2]) {
+    for (const cJSON *mine = is->child; mine; mine = mine->next) {
+        const cJSON *theirs = cJSON_GetObjectItemCaseSensitive(was, mine->string);
+        if (cJSON_Compare(mine, theirs, true)) continue;
+        size_t n = strlen(key);
+        snprintf(key + n, len - n, "%s%s", n ? "." : "", mine->string);
+        found[0] = mine;
+        found[1] = theirs;
+        if (cJSON_IsObject(mine) && cJSON_IsObject(theirs))
+            find_difference(mine, theirs, key, len, found);
+        return;
+    }
+}
+
 static enum err refuse_other(const struct run *run, const cJSON *theirs, char *msg,
                              size_t msg_len) {
     char key[128] = "";
-    char *was = NULL, *is = NULL;
-    for (const cJSON *mine = run->identity->child; mine && !*key; mine = mine->next) {
-        const cJSON *other = cJSON_GetObjectItemCaseSensitive(theirs, mine->string);
-        if (cJSON_Compare(mine, other, true)) continue;
-        snprintf(key, sizeof key, "%s", mine->string);
-        const cJSON *a = mine, *b = other;
-        for (const cJSON *inner = cJSON_IsObject(mine) ? mine->child : NULL; inner;
-             inner = inner->next) {
-            const cJSON *was_inner = cJSON_GetObjectItemCaseSensitive(other, inner->string);
-            if (cJSON_Compare(inner, was_inner, true)) continue;
-            a = inner;
-            b = was_inner;
-            snprintf(key, sizeof key, "%s.%s", mine->string, inner->string);
-            break;
-        }
-        was = b ? cJSON_PrintUnformatted(b) : NULL;
-        is = cJSON_PrintUnformatted(a);
-    }
+    const cJSON *found[2] = {0};
+    find_difference(run->identity, theirs, key, sizeof key, found);
+    char *is = found[0] ? cJSON_PrintUnformatted(found[0]) : NULL;
+    char *was = found[1] ? cJSON_PrintUnformatted(found[1]) : NULL;
     enum err e =
         err_set(msg, msg_len, ERR_ARG,
                 "%s holds an unfinished conversion made otherwise (%s was %.80s, now it is "

@@ -2,7 +2,7 @@
  *
  *   urchin convert BASE --text FILES --out FOLDER [--recipe urchin|lolcats|paper] [...]
  *
- * Attention transfer (conversion.md 2, 3): the base reads packs of text (corpus.h, teacher.h); the
+ * Attention transfer: the base reads packs of text (corpus.h, teacher.h); the
  * maps of all layers learn to give its attention rows, or its outputs (student.h, training.h).
  * --device cuda, or auto where there is one: on the GPU (gpu_lesson.h, gpu_student.h).
  * Progress goes to stderr: one line that is written over on a terminal, else a line every ten

@@ -197,8 +197,7 @@ static float grade(struct row_weights *r, float ce, const float *ev, float ey) {
 }
 
 /* ---- feature maps, forward ---- */
-static const float KEY_MOST =
-    30; /* conversion.md 1: phi_k is cut here, so bad input stays finite */
+static const float KEY_MOST = 30; /* phi_k is cut here, so bad input stays finite */
 
 static float reach_of(const float *u, int f) {
     v16 most = v16_zero();
@@ -267,7 +266,7 @@ static void features(enum feature_map map, float *phi, float *reach, const float
     }
 }
 
-/* ---- and backward (hedgehog.md 3.2) ---- */
+/* ---- and backward ---- */
 static float dot(const float *a, const float *b, int n) {
     v16 sum = v16_zero();
     for (int i = 0; i < n; i += LANES)

@@ -49,7 +49,11 @@ struct convert_kernels {
     void (*features)(enum feature_map map, float *phi, float *reach, const float *u, int n, int f,
                      int f_lanes);
 
-    /* du [n][f_lanes] from dphi [n][2 f_lanes] (hedgehog.md 3.2); du may be u. */
+    /* du [n][f_lanes] from dphi [n][2 f_lanes] = [g+, g-], with phi = [phi+, phi-]; du may be u:
+     *   exp            du = phi+ g+ - phi- g-              (0 where a key's u was cut; a query's
+     *                                                      reach leaves no trace in a ratio)
+     *   softmax2       du = phi+ (g+ - phi+.g+) - phi- (g- - phi-.g-)
+     *   joint_softmax  du = 2 (phi+ (g+ - phi.g) - phi- (g- - phi.g)) */
     void (*features_back)(enum feature_map map, float *du, const float *dphi, const float *phi,
                           const float *u, bool key, int n, int f_lanes);
 

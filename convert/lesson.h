@@ -28,7 +28,7 @@ static inline int lesson_n_rows(const struct lesson *l) { /* that are learned fr
 
 /* Keys of the row at this position: sinks 0 .. *sinks - 1 and *from .. position are exact, *sinks
  * .. *from - 1 linear.  (The recall cache takes no part in attention transfer, nor does the
- * horizon: conversion.md 2.)  Returns the number of linear keys. */
+ * horizon.)  Returns the number of linear keys. */
 int64_t lesson_linear_keys(const struct attention_config *c, int64_t position, int *sinks,
                            int64_t *from);
 

@@ -15,7 +15,7 @@ static const char *const mixing_names[] = {"unified", "lolcats", NULL};
 enum { RECENT = 32 }; /* places of a cache that also keeps facts */
 enum { RETRIEVAL_RECENT = 8 }; /* one of so many of a retrieval head's */
 enum { FINETUNE_RETRIEVAL = 256 };
-enum { MOST_DISTANCE = 4096 }; /* by default; farther was not worth anything (conversion.md 4.2) */
+enum { MOST_DISTANCE = 4096 }; /* by default; farther was not worth anything */
 
 /* The index of value among names; NULL: otherwise. */
 static int choice(const char *value, const char *const *names, int otherwise) {
@@ -59,8 +59,8 @@ static void start_from(struct recipe *r, const char *name, const struct base_con
                                                .lr_maps = 1e-4};
         return;
     }
-    /* LoLCATs: rank 8, alpha 16, maps stay.  Hedgehog: all parameters, as its GPT-2 (hedgehog.md
-     * 5). */
+    /* LoLCATs (arXiv:2410.10254): rank 8, alpha 16, maps stay.  Hedgehog (arXiv:2402.04347): all
+     * parameters, as its GPT-2. */
     r->finetune = (struct finetune_recipe){.method = FINETUNE_LOW_RANK,
                                            .next_token = true,
                                            .steps = 220,

@@ -1,9 +1,9 @@
 /* recipe.h - how a model is converted: everything that decides the result, but text and base.
  *
  * Three recipes, of which every part may be set otherwise (docs/convert.md):
- *   urchin   conversion.md's: exp map before RoPE, key map per kv head, terraced window 64, 1 sink,
- *            recall cache 128, of retrieval heads 3,072, one scale, horizon 1,024; cross-entropy of
- *            rows, calibrated first
+ *   urchin   ours: exp map before RoPE, key map per kv head, terraced window 64, 1 sink, recall
+ *            cache 128, of retrieval heads 3,072, one scale, horizon 1,024; cross-entropy of rows,
+ *            calibrated first
  *   lolcats  arXiv:2410.10254, stage 1: two softmaxes of half the head's size after RoPE, key map
  *            per query head, terraced window 64, its own mixing; 1000 times the squared error of
  *            outputs
@@ -50,7 +50,7 @@ struct recipe {
     bool one_cycle;
     double init_scale; /* maps begin as it times the identity */
     float init_mix;
-    bool calibrate; /* c_h before the first step: conversion.md 2 */
+    bool calibrate; /* c_h before the first step (training_begin()) */
     int64_t seed;
     bool join_documents;
     struct finetune_recipe finetune;

@@ -7,7 +7,7 @@
  *   L = ce mean_{n,h} KL(p_n || a_n)  +  mse mean_{n,h,d} (sum_j a_nj v_j - sum_j p_nj v_j)^2
  *
  * (The cross-entropy of rows is KL plus the teacher's entropy, which no map can change.)  With t_nj
- * = dL/d log w_nj, all gradients are closed forms (hedgehog.md 3.2):
+ * = dL/d log w_nj, all gradients are closed forms:
  *
  *   t_nj = ce' (a_nj - p_nj) + a_nj e_n.(v_j - y_n)      e_n = dL/dy_n
  *   dL/dphi_q(n) = sum_j t_nj / s_nj phi_k(j)            j linear, s_nj = phi_q(n).phi_k(j)

@@ -48,7 +48,7 @@ void training_leave_device(struct training *t);
 
 /* Before the first step: maps are init_scale times the identity (under the exp map less where a
  * head's keys or queries are so large that |u| would pass 10), and c_h so that linear terms have
- * the mean log of the softmax terms they stand for, over the lesson's rows (conversion.md 2). */
+ * the mean log of the softmax terms they stand for, over the lesson's rows. */
 enum err training_begin(struct training *t, const struct lesson *lesson);
 
 /* What the pupils make of a lesson, into t->sums (added to: clear them first), with outputs. */

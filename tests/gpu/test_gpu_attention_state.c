@@ -212,16 +212,20 @@ static void test_a_bad_state_is_refused_and_leaves_a_cleared_slot(void **state) 
 
 static void test_a_cache_too_large_for_a_block_is_refused(void **state) {
     (void)state;
-    struct rig g;
-    struct gpu_attention *a = NULL;
-    struct attention_config c = base_config();
-    char msg[256] = "";
-    c.cache_size = 10000;
-    rig_open(&g, c, 100, N, 1, false);
-    assert_int_equal(gpu_attention_new(&a, gpu, g.a, 1, 8, 1, true, msg, sizeof msg), ERR_NOMEM);
-    assert_null(a);
-    assert_non_null(strstr(msg, "10000"));
-    rig_close(&g);
+    for (int retrieval = 0; retrieval < 2; retrieval++) {
+        struct rig g;
+        struct gpu_attention *a = NULL;
+        struct attention_config c = base_config();
+        char msg[256] = "";
+        *(retrieval ? &c.retrieval_size : &c.cache_size) = 10000;
+        rig_open(&g, c, 100, N, 1, false);
+        assert_int_equal(gpu_attention_new(&a, gpu, g.a, 1, 8, 1, true, msg, sizeof msg),
+                         ERR_NOMEM);
+        assert_null(a);
+        assert_non_null(strstr(msg, "10000"));
+        assert_non_null(strstr(msg, retrieval ? "--retrieval-size" : "--cache-size"));
+        rig_close(&g);
+    }
 }
 
 static void test_too_many_slots_are_no_memory(void **state) {

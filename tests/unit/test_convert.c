@@ -322,6 +322,8 @@ static void test_another_conversions_checkpoint_is_refused_and_kept(void **state
             in("out"), "--steps", "3", "--update-rows", "0", "--lr", "0.01", "--lr-mix", "0.025");
     REFUSED("attention.sinks was 1, now it is 2", STORIES_CONVERT, "--out", in("out"), "--steps",
             "3", "--sinks", "2");
+    REFUSED("attention.cache.fact_age was 32768, now it is 5", STORIES_CONVERT, "--out", in("out"),
+            "--steps", "3", "--cache-fact-age", "5");
     for (size_t cut = 0; cut < was.len; cut += was.len / 5) {
         write_bytes(in("out/checkpoint"), was.at, cut);
         REFUSED("damaged", STORIES_CONVERT, "--out", in("out"), "--steps", "3");

@@ -302,7 +302,7 @@ static void test_parts_of_the_rows_teach_what_all_do(void **state) {
     check_parts(config(MAP_SOFTMAX2, MIXING_LOLCATS, WINDOW_SLIDING, true, false), R);
 }
 
-/* Setting c_h to what calibration reads off makes the mean gap 0 (conversion.md 2). */
+/* Setting c_h to what calibration reads off makes the mean gap 0. */
 static void test_calibration_puts_both_kinds_of_terms_on_one_scale(void **state) {
     (void)state;
     struct attention_config c = config(MAP_EXP, MIXING_UNIFIED, WINDOW_TERRACED, false, true);
