@@ -7,21 +7,13 @@
 #include "model/gpu_model.h"
 
 #include "attention/gpu_attention.h"
-#include "compute/gpu_matrix.h"
-#include "compute/gpu_ops.h"
 #include "compute/gpu_sampler.h"
-#include "model/ranks.h"
+#include "model/gpu_weights.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 enum { MAX_AUTO_SLOTS = 256, BUCKETS = 64 };
-
-struct gpu_layer_weights {
-    struct gpu_matrix *qkv, *o, *gate_up, *down;
-    struct gpu_norm attn_norm, ffn_norm;
-    float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;
-};
 
 struct bucket { /* generated rows, rounded up */
     bool met;   /* ran once: all is warm that a recording needs */
@@ -41,12 +33,7 @@ struct gpu_model {
     void (*tap)(void *arg, int layer, const float *qkv, int n_rows); /* or NULL */
     void *tap_arg;
 
-    struct gpu_matrix *embed, *head, *position; /* head may be embed */
-    struct gpu_norm norm;
-    struct gpu_layer_weights *layers;
-    void **vectors; /* norms and biases on the device, owned here */
-    int n_vectors;
-    size_t weight_bytes;
+    struct gpu_weights weights;
 
     /* of a step, on the device; rows: the larger of max_rows and max_bucket */
     int32_t *tokens, *positions, *logit_rows;
@@ -117,105 +104,6 @@ struct opening {
     enum err err; /* the first; what follows does nothing */
 };
 
-/* This rank's part. */
-static struct gpu_matrix *copy_matrix(struct opening *o, const struct matrix *from,
-                                      enum ranks_matrix which) {
-    struct gpu_matrix *to = NULL;
-    struct gpu_matrix_part part;
-    if (!from || o->err) return NULL;
-    o->err = ranks_part(&part, &o->m->ranks, o->m->base, which, matrix_n_out(from),
-                        matrix_n_in(from));
-    if (!o->err) o->err = gpu_matrix_new(&to, o->m->gpu, from, &part);
-    if (!o->err) o->m->weight_bytes += gpu_matrix_bytes(to);
-    return to;
-}
-
-static float *copy_ranges(struct opening *o, const float *from, const struct gpu_matrix_range *ranges,
-                          int n_ranges) {
-    struct gpu_model *m = o->m;
-    void *at = NULL;
-    size_t n = 0;
-    for (int i = 0; i < n_ranges; i++)
-        n += (size_t)ranges[i].n;
-    o->err = gpu_alloc(m->gpu, &at, n * sizeof *from);
-    if (o->err) return NULL;
-    m->vectors[m->n_vectors++] = at;
-    m->weight_bytes += n * sizeof *from;
-    float *to = at;
-    for (int i = 0; i < n_ranges; to += ranges[i++].n)
-        gpu_upload(m->gpu, to, from + ranges[i].first, (size_t)ranges[i].n * sizeof *from);
-    return at;
-}
-
-static float *copy_vector(struct opening *o, const float *from, int n) {
-    if (!from || o->err) return NULL;
-    return copy_ranges(o, from, &(struct gpu_matrix_range){0, n}, 1);
-}
-
-/* Of this rank's rows; what is added behind a sum over ranks, by rank 0 alone. */
-static float *copy_bias(struct opening *o, const float *from, const struct matrix *matrix,
-                        enum ranks_matrix which) {
-    struct gpu_matrix_part part;
-    bool summed = which == RANKS_O || which == RANKS_DOWN;
-    if (!from || o->err || (summed && o->m->ranks.rank > 0)) return NULL;
-    o->err = ranks_part(&part, &o->m->ranks, o->m->base, which, matrix_n_out(matrix),
-                        matrix_n_in(matrix));
-    return o->err ? NULL : copy_ranges(o, from, part.rows, part.n_ranges);
-}
-
-static struct gpu_norm copy_norm(struct opening *o, const float *weight, const float *bias) {
-    const struct base_config *c = o->m->base;
-    return (struct gpu_norm){.weight = copy_vector(o, weight, c->hidden_dim),
-                             .bias = copy_vector(o, bias, c->hidden_dim),
-                             .eps = (float)c->norm_eps};
-}
-
-static void copy_weights(struct opening *o) {
-    struct gpu_model *m = o->m;
-    const struct base_config *c = m->base;
-    const struct weights *w = o->options->weights;
-    m->layers = calloc((size_t)c->n_layers, sizeof *m->layers);
-    m->vectors = calloc((size_t)c->n_layers * 8 + 2, sizeof *m->vectors);
-    if (!m->layers || !m->vectors) {
-        o->err = ERR_NOMEM;
-        return;
-    }
-    m->embed = copy_matrix(o, w->embed, RANKS_WHOLE);
-    m->head = w->head == w->embed && m->ranks.n_ranks == 1 ? m->embed
-                                                           : copy_matrix(o, w->head, RANKS_HEAD);
-    m->position = copy_matrix(o, w->position, RANKS_WHOLE);
-    m->norm = copy_norm(o, w->norm, w->norm_bias);
-    for (int i = 0; i < c->n_layers; i++) {
-        const struct layer_weights *from = &w->layers[i];
-        m->layers[i] = (struct gpu_layer_weights){
-            .qkv = copy_matrix(o, from->qkv, RANKS_QKV),
-            .o = copy_matrix(o, from->o, RANKS_O),
-            .gate_up = copy_matrix(o, from->gate_up, RANKS_GATE_UP),
-            .down = copy_matrix(o, from->down, RANKS_DOWN),
-            .attn_norm = copy_norm(o, from->attn_norm, from->attn_norm_bias),
-            .ffn_norm = copy_norm(o, from->ffn_norm, from->ffn_norm_bias),
-            .qkv_bias = copy_bias(o, from->qkv_bias, from->qkv, RANKS_QKV),
-            .o_bias = copy_bias(o, from->o_bias, from->o, RANKS_O),
-            .gate_up_bias = copy_bias(o, from->gate_up_bias, from->gate_up, RANKS_GATE_UP),
-            .down_bias = copy_bias(o, from->down_bias, from->down, RANKS_DOWN),
-        };
-    }
-    if (!o->err) o->err = gpu_wait(m->gpu); /* the vectors have been read */
-}
-
-static size_t largest_scratch(const struct gpu_model *m) {
-    size_t most = gpu_matmul_scratch_bytes(m->head, m->max_rows);
-    for (int i = 0; i < m->base->n_layers; i++) {
-        const struct gpu_layer_weights *l = &m->layers[i];
-        const struct gpu_matrix *all[] = {l->qkv, l->o, l->gate_up, l->down};
-        for (int k = 0; k < 4; k++) {
-            size_t bytes = gpu_matmul_scratch_bytes(all[k], m->max_rows);
-            if (bytes > most) most = bytes;
-        }
-    }
-    return most;
-}
-
 static void *take(struct opening *o, size_t n, size_t bytes) {
     void *at = NULL;
     if (!o->err) o->err = gpu_alloc(o->m->gpu, &at, n * bytes);
@@ -241,11 +129,11 @@ static void take_buffers(struct opening *o) {
     m->x = take(o, rows * hidden, sizeof(float));
     m->delta = take(o, rows * hidden, sizeof(float));
     m->qkv = take(o, rows * qkv, sizeof(float));
-    m->ffn = take(o, rows * (size_t)gpu_matrix_n_out(m->layers[0].gate_up), sizeof(float));
+    m->ffn = take(o, rows * (size_t)gpu_matrix_n_out(m->weights.layers[0].gate_up), sizeof(float));
     m->normed = take(o, rows * hidden, element);
     m->y = take(o, rows * (size_t)(c->n_heads * c->head_dim), element);
     m->activated = take(o, rows * m->activated_row, element);
-    m->scratch = take(o, largest_scratch(m) + 1, 1);
+    m->scratch = take(o, gpu_weights_scratch_bytes(&m->weights, m->max_rows) + 1, 1);
     m->logits = take(o, (size_t)(m->max_bucket + m->max_logits) * vocab, sizeof(float));
     m->host_tokens = take_host(o, 2 * rows, sizeof *m->host_tokens);
     m->host_positions = take_host(o, 2 * rows, sizeof *m->host_positions);
@@ -294,7 +182,7 @@ static enum err open_on_device(struct opening *o, char *msg, size_t msg_len) {
     m->activation = c->architecture == BASE_LLAMA ? GPU_SILU_MUL
                     : c->gelu_erf                 ? GPU_GELU_ERF
                                                   : GPU_GELU_TANH;
-    copy_weights(o);
+    o->err = gpu_weights_copy(&m->weights, m->gpu, &m->ranks, c, options->weights);
     if (!o->err) take_buffers(o);
     if (o->err == ERR_NOMEM)
         return err_set(msg, msg_len, ERR_NOMEM,
@@ -352,17 +240,7 @@ void gpu_model_free(struct gpu_model *m) {
         gpu_graph_free(g, m->buckets[i].graph);
     gpu_sampler_free(m->sampler);
     gpu_attention_free(m->attention);
-    for (int i = 0; m->layers && i < m->base->n_layers; i++) {
-        gpu_matrix_free(g, m->layers[i].qkv);
-        gpu_matrix_free(g, m->layers[i].o);
-        gpu_matrix_free(g, m->layers[i].gate_up);
-        gpu_matrix_free(g, m->layers[i].down);
-    }
-    if (m->head != m->embed) gpu_matrix_free(g, m->head);
-    gpu_matrix_free(g, m->embed);
-    gpu_matrix_free(g, m->position);
-    for (int i = 0; i < m->n_vectors; i++)
-        gpu_release(g, m->vectors[i]);
+    gpu_weights_free(&m->weights, g);
     void *device[] = {m->tokens, m->positions, m->logit_rows, m->x, m->delta,  m->qkv,
                       m->ffn,    m->logits,    m->normed,     m->y, m->activated, m->scratch};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
@@ -370,7 +248,7 @@ void gpu_model_free(struct gpu_model *m) {
     void *host[] = {m->host_tokens, m->host_positions, m->host_logit_rows, m->host_logits};
     for (size_t i = 0; i < sizeof host / sizeof *host; i++)
         gpu_host_release(g, host[i]);
-    void *blocks[] = {m->layers, m->vectors, m->draws, m->draw_rows, m->slots, m->prompts};
+    void *blocks[] = {m->draws, m->draw_rows, m->slots, m->prompts};
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++)
         free(blocks[i]);
     gpu_close(g);
@@ -384,7 +262,7 @@ size_t gpu_model_slot_bytes(const struct gpu_model *m) {
     return gpu_attention_slot_bytes(m->twin);
 }
 size_t gpu_model_weight_bytes(const struct gpu_model *m) {
-    return m->weight_bytes;
+    return m->weights.bytes;
 }
 
 struct gpu *gpu_model_gpu(const struct gpu_model *m) {
@@ -423,14 +301,15 @@ void gpu_model_count_prompt(struct gpu_model *m, int slot, const int32_t *tokens
 /* ---- the step ---- */
 
 static void embed(struct gpu_model *m, int n, const struct gpu_norm *norm) {
-    gpu_matrix_rows(m->gpu, m->x, m->tokens, n, m->embed);
-    if (m->position) gpu_matrix_rows(m->gpu, m->delta, m->positions, n, m->position);
-    gpu_add_norm(m->gpu, m->normed, m->bf16, m->x, m->position ? m->delta : NULL, n,
+    gpu_matrix_rows(m->gpu, m->x, m->tokens, n, m->weights.embed);
+    if (m->weights.position)
+        gpu_matrix_rows(m->gpu, m->delta, m->positions, n, m->weights.position);
+    gpu_add_norm(m->gpu, m->normed, m->bf16, m->x, m->weights.position ? m->delta : NULL, n,
                  m->base->hidden_dim, norm);
 }
 
 static void project_qkv(struct gpu_model *m, int layer, int n, enum gpu_path path) {
-    const struct gpu_layer_weights *l = &m->layers[layer];
+    const struct gpu_layer_weights *l = &m->weights.layers[layer];
     gpu_matmul(m->gpu, m->scratch, m->qkv, (size_t)gpu_matrix_n_out(l->qkv), m->normed,
                (size_t)m->base->hidden_dim, n, l->qkv, l->qkv_bias, path);
 }
@@ -452,7 +331,7 @@ static struct gpu_attention_rows attention_rows(const struct gpu_model *m) {
 /* What follows attention in a layer: x += W_o y, x += W_down act(...), and the norm that is read next. */
 static void finish_layer(struct gpu_model *m, int layer, int n, enum gpu_path path) {
     const struct base_config *c = m->base;
-    const struct gpu_layer_weights *l = &m->layers[layer];
+    const struct gpu_layer_weights *l = &m->weights.layers[layer];
     size_t hidden = (size_t)c->hidden_dim;
     gpu_matmul(m->gpu, m->scratch, m->delta, hidden, m->y, (size_t)(c->n_heads * c->head_dim), n,
                l->o, l->o_bias, path);
@@ -466,12 +345,12 @@ static void finish_layer(struct gpu_model *m, int layer, int n, enum gpu_path pa
                l->down_bias, path);
     ranks_sum(&m->ranks, m->gpu, m->delta, (size_t)n * hidden);
     gpu_add_norm(m->gpu, m->normed, m->bf16, m->x, m->delta, n, c->hidden_dim,
-                 layer + 1 == c->n_layers ? &m->norm : &l[1].attn_norm);
+                 layer + 1 == c->n_layers ? &m->weights.norm : &l[1].attn_norm);
 }
 
 static void project_logits(struct gpu_model *m, float *logits, int n, enum gpu_path path) {
     gpu_matmul(m->gpu, m->scratch, logits, (size_t)m->base->vocab_size, m->normed,
-               (size_t)m->base->hidden_dim, n, m->head, NULL, path);
+               (size_t)m->base->hidden_dim, n, m->weights.head, NULL, path);
     ranks_gather(&m->ranks, m->gpu, logits, n, m->base->vocab_size);
 }
 
@@ -481,7 +360,7 @@ static void upload_tokens(struct gpu_model *m, int area, int n) {
     size_t rows = (size_t)(m->max_rows > m->max_bucket ? m->max_rows : m->max_bucket);
     size_t from = area ? rows : 0;
     gpu_upload(m->gpu, m->tokens, m->host_tokens + from, (size_t)n * sizeof *m->tokens);
-    if (m->position)
+    if (m->weights.position)
         gpu_upload(m->gpu, m->positions, m->host_positions + from,
                    (size_t)n * sizeof *m->positions);
 }
@@ -512,7 +391,7 @@ static void read_prompts(struct gpu_model *m, int n_runs, int n_rows, int n_logi
         gpu_upload(m->gpu, m->logit_rows, m->host_logit_rows,
                    (size_t)n_logits * sizeof *m->logit_rows);
     gpu_attention_prompt_begin(m->attention, m->prompts, n_runs);
-    embed(m, n_rows, &m->layers[0].attn_norm);
+    embed(m, n_rows, &m->weights.layers[0].attn_norm);
     for (int i = 0; i < n_layers; i++) {
         project_qkv(m, i, n_rows, GPU_PROMPT);
         if (m->tap) m->tap(m->tap_arg, i, m->qkv, n_rows);
@@ -529,7 +408,7 @@ static void read_prompts(struct gpu_model *m, int n_runs, int n_rows, int n_logi
 
 static void queue_generated(struct gpu_model *m, int size) {
     struct gpu_attention_rows rows = attention_rows(m);
-    embed(m, size, &m->layers[0].attn_norm);
+    embed(m, size, &m->weights.layers[0].attn_norm);
     for (int i = 0; i < m->base->n_layers; i++) {
         project_qkv(m, i, size, GPU_GENERATED);
         gpu_attention_generated_layer(m->attention, i, &rows);

@@ -1,0 +1,125 @@
+/* gpu_weights.c - from host memory to the device's, part by part. */
+#include "model/gpu_weights.h"
+
+#include <stdlib.h>
+
+struct copying {
+    struct gpu_weights *to;
+    struct gpu *gpu;
+    const struct communicator *ranks;
+    const struct base_config *base;
+    enum err err; /* the first; what follows does nothing */
+};
+
+/* This rank's part. */
+static struct gpu_matrix *copy_matrix(struct copying *o, const struct matrix *from,
+                                      enum ranks_matrix which) {
+    struct gpu_matrix *to = NULL;
+    struct gpu_matrix_part part;
+    if (!from || o->err) return NULL;
+    o->err = ranks_part(&part, o->ranks, o->base, which, matrix_n_out(from), matrix_n_in(from));
+    if (!o->err) o->err = gpu_matrix_new(&to, o->gpu, from, &part);
+    if (!o->err) o->to->bytes += gpu_matrix_bytes(to);
+    return to;
+}
+
+static float *copy_ranges(struct copying *o, const float *from,
+                          const struct gpu_matrix_range *ranges, int n_ranges) {
+    void *at = NULL;
+    size_t n = 0;
+    for (int i = 0; i < n_ranges; i++)
+        n += (size_t)ranges[i].n;
+    o->err = gpu_alloc(o->gpu, &at, n * sizeof *from);
+    if (o->err) return NULL;
+    o->to->vectors[o->to->n_vectors++] = at;
+    o->to->bytes += n * sizeof *from;
+    float *to = at;
+    for (int i = 0; i < n_ranges; to += ranges[i++].n)
+        gpu_upload(o->gpu, to, from + ranges[i].first, (size_t)ranges[i].n * sizeof *from);
+    return at;
+}
+
+static float *copy_vector(struct copying *o, const float *from, int n) {
+    if (!from || o->err) return NULL;
+    return copy_ranges(o, from, &(struct gpu_matrix_range){0, n}, 1);
+}
+
+/* Of this rank's rows; what is added behind a sum over ranks, by rank 0 alone. */
+static float *copy_bias(struct copying *o, const float *from, const struct matrix *matrix,
+                        enum ranks_matrix which) {
+    struct gpu_matrix_part part;
+    bool summed = which == RANKS_O || which == RANKS_DOWN;
+    if (!from || o->err || (summed && o->ranks->rank > 0)) return NULL;
+    o->err = ranks_part(&part, o->ranks, o->base, which, matrix_n_out(matrix), matrix_n_in(matrix));
+    return o->err ? NULL : copy_ranges(o, from, part.rows, part.n_ranges);
+}
+
+static struct gpu_norm copy_norm(struct copying *o, const float *weight, const float *bias) {
+    const struct base_config *c = o->base;
+    return (struct gpu_norm){.weight = copy_vector(o, weight, c->hidden_dim),
+                             .bias = copy_vector(o, bias, c->hidden_dim),
+                             .eps = (float)c->norm_eps};
+}
+
+static void copy_layer(struct copying *o, struct gpu_layer_weights *to,
+                       const struct layer_weights *from) {
+    *to = (struct gpu_layer_weights){
+        .qkv = copy_matrix(o, from->qkv, RANKS_QKV),
+        .o = copy_matrix(o, from->o, RANKS_O),
+        .gate_up = copy_matrix(o, from->gate_up, RANKS_GATE_UP),
+        .down = copy_matrix(o, from->down, RANKS_DOWN),
+        .attn_norm = copy_norm(o, from->attn_norm, from->attn_norm_bias),
+        .ffn_norm = copy_norm(o, from->ffn_norm, from->ffn_norm_bias),
+        .qkv_bias = copy_bias(o, from->qkv_bias, from->qkv, RANKS_QKV),
+        .o_bias = copy_bias(o, from->o_bias, from->o, RANKS_O),
+        .gate_up_bias = copy_bias(o, from->gate_up_bias, from->gate_up, RANKS_GATE_UP),
+        .down_bias = copy_bias(o, from->down_bias, from->down, RANKS_DOWN),
+    };
+}
+
+enum err gpu_weights_copy(struct gpu_weights *to, struct gpu *g, const struct communicator *ranks,
+                          const struct base_config *base, const struct weights *from) {
+    struct copying o = {.to = to, .gpu = g, .ranks = ranks, .base = base};
+    size_t n = (size_t)base->n_layers;
+    to->layers = calloc(n, sizeof *to->layers);
+    to->vectors = calloc(n * 8 + 2, sizeof *to->vectors);
+    if (!to->layers || !to->vectors) return ERR_NOMEM;
+    to->n_layers = base->n_layers;
+    to->embed = copy_matrix(&o, from->embed, RANKS_WHOLE);
+    bool tied = from->head == from->embed && ranks->n_ranks == 1;
+    to->head = tied ? to->embed : copy_matrix(&o, from->head, RANKS_HEAD);
+    to->position = copy_matrix(&o, from->position, RANKS_WHOLE);
+    to->norm = copy_norm(&o, from->norm, from->norm_bias);
+    for (int i = 0; i < to->n_layers; i++)
+        copy_layer(&o, &to->layers[i], &from->layers[i]);
+    return o.err ? o.err : gpu_wait(g); /* the vectors have been read */
+}
+
+void gpu_weights_free(struct gpu_weights *w, struct gpu *g) {
+    for (int i = 0; i < w->n_layers; i++) {
+        gpu_matrix_free(g, w->layers[i].qkv);
+        gpu_matrix_free(g, w->layers[i].o);
+        gpu_matrix_free(g, w->layers[i].gate_up);
+        gpu_matrix_free(g, w->layers[i].down);
+    }
+    if (w->head != w->embed) gpu_matrix_free(g, w->head);
+    gpu_matrix_free(g, w->embed);
+    gpu_matrix_free(g, w->position);
+    for (int i = 0; i < w->n_vectors; i++)
+        gpu_release(g, w->vectors[i]);
+    free(w->layers);
+    free(w->vectors);
+}
+
+size_t gpu_weights_scratch_bytes(const struct gpu_weights *w, int max_rows) {
+    size_t most = gpu_matmul_scratch_bytes(w->head, max_rows);
+    for (int i = 0; i < w->n_layers; i++) {
+        const struct gpu_layer_weights *l = &w->layers[i];
+        const struct gpu_matrix *all[] = {l->qkv, l->o, l->gate_up, l->down};
+        for (int k = 0; k < 4; k++) {
+            size_t bytes = gpu_matmul_scratch_bytes(all[k], max_rows);
+            if (bytes > most) most = bytes;
+        }
+    }
+    return most;
+}
