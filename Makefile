@@ -35,7 +35,7 @@ ISA_amx_model = -DAMX -DAMX_MODEL -DISA=amx_model
 ISA_bf16    = $(subst ISA=avx512,ISA=bf16,$(ISA_avx512)) -mavx512bf16 # gemm_bf16.c alone
 ISA_dotprod = -DISA=dotprod -march=armv8.2-a+dotprod
 # No contraction: which products and sums are fused is written out (v16_fma), or bits depend on the compiler.
-KERNEL_OPT  = -O3 -ffp-contract=off -Wno-psabi
+KERNEL_OPT  = $(if $(SAN),-O2,-O3) -ffp-contract=off -Wno-psabi
 
 OBJECTS  = $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(MAIN),$(SOURCES))) \
            $(foreach i,$(ISAS),$(patsubst %.c,$(BUILD)/%.$i.o,$(wildcard $(KERNELS)))) \
