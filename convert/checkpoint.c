@@ -103,10 +103,12 @@ enum err checkpoint_save(const struct run *run, double seconds, char *msg, size_
     return e;
 }
 
-/* Until fine-tuning has made a step, what attention transfer knows nothing of may still change. */
-static cJSON *of_transfer(const cJSON *identity) {
+/* A copy.  Until fine-tuning has made a step, what attention transfer knows nothing of may still
+ * change and is left out. */
+static cJSON *identity_of(const cJSON *identity, bool only_transfer) {
     static const char *const unknown[] = {"cache", "horizon"};
     cJSON *o = cJSON_Duplicate(identity, true);
+    if (!only_transfer) return o;
     cJSON *attention = cJSON_GetObjectItemCaseSensitive(o, "attention");
     cJSON_DeleteItemFromObjectCaseSensitive(o, "finetune");
     for (int i = 0; i < 2; i++)
@@ -115,46 +117,52 @@ static cJSON *of_transfer(const cJSON *identity) {
 }
 
 static bool same_conversion(const cJSON *a, const cJSON *b, bool only_transfer) {
-    if (!only_transfer) return cJSON_Compare(a, b, true);
-    cJSON *x = of_transfer(a), *y = of_transfer(b);
+    cJSON *x = identity_of(a, only_transfer), *y = identity_of(b, only_transfer);
     bool same = x && y && cJSON_Compare(x, y, true);
     cJSON_Delete(x);
     cJSON_Delete(y);
     return same;
 }
 
-/* The first setting that differs, as deep as both have it: its name into key, and both values. */
+/* The first setting that differs, as deep as both have it: its name into key, and both values
+ * (NULL: not set). */
 static void find_difference(const cJSON *is, const cJSON *was, char *key, size_t len,
                             const cJSON *found[2]) {
-    for (const cJSON *mine = is->child; mine; mine = mine->next) {
-        const cJSON *theirs = cJSON_GetObjectItemCaseSensitive(was, mine->string);
-        if (cJSON_Compare(mine, theirs, true)) continue;
-        size_t n = strlen(key);
-        snprintf(key + n, len - n, "%s%s", n ? "." : "", mine->string);
-        found[0] = mine;
-        found[1] = theirs;
-        if (cJSON_IsObject(mine) && cJSON_IsObject(theirs))
-            find_difference(mine, theirs, key, len, found);
-        return;
-    }
+    size_t n = strlen(key);
+    for (int gone = 0; gone < 2; gone++) /* then what is set no longer */
+        for (const cJSON *at = (gone ? was : is)->child; at; at = at->next) {
+            const cJSON *mine = cJSON_GetObjectItemCaseSensitive(is, at->string),
+                        *theirs = cJSON_GetObjectItemCaseSensitive(was, at->string);
+            if (mine && theirs && cJSON_Compare(mine, theirs, true)) continue;
+            snprintf(key + n, len - n, "%s%s", n ? "." : "", at->string);
+            found[0] = mine;
+            found[1] = theirs;
+            if (cJSON_IsObject(mine) && cJSON_IsObject(theirs))
+                find_difference(mine, theirs, key, len, found);
+            return;
+        }
 }
 
-static enum err refuse_other(const struct run *run, const cJSON *theirs, char *msg,
-                             size_t msg_len) {
+static enum err refuse_other(const struct run *run, const cJSON *identity, bool only_transfer,
+                             char *msg, size_t msg_len) {
     char key[128] = "";
     const cJSON *found[2] = {0};
-    find_difference(run->identity, theirs, key, sizeof key, found);
-    char *is = found[0] ? cJSON_PrintUnformatted(found[0]) : NULL;
-    char *was = found[1] ? cJSON_PrintUnformatted(found[1]) : NULL;
+    cJSON *is = identity_of(run->identity, only_transfer),
+          *was = identity_of(identity, only_transfer);
+    if (is && was) find_difference(is, was, key, sizeof key, found);
+    char *now = found[0] ? cJSON_PrintUnformatted(found[0]) : NULL;
+    char *before = found[1] ? cJSON_PrintUnformatted(found[1]) : NULL;
     enum err e =
         err_set(msg, msg_len, ERR_ARG,
                 "%s holds an unfinished conversion made otherwise (%s was %.80s, now it is "
                 "%.80s): finish it as it was begun, name another --out, or remove "
                 "%s/checkpoint",
-                run->folder, *key ? key : "something", was ? was : "not set", is ? is : "other",
-                run->folder);
-    free(was);
-    free(is);
+                run->folder, *key ? key : "something", before ? before : "not set",
+                now ? now : "not set", run->folder);
+    free(now);
+    free(before);
+    cJSON_Delete(is);
+    cJSON_Delete(was);
     return e;
 }
 
@@ -216,11 +224,12 @@ static enum err read_body(struct run *run, const struct mapped *file, const char
     enum err e = OK;
     if (!identity)
         e = err_set(msg, msg_len, ERR_NOMEM, "out of memory for %s", path);
-    else if (!same_conversion(identity, run->identity, at_the_turn) ||
-             h.n_params != run->training->n_params || h.n_sums != n_sums(run) ||
+    else if (!same_conversion(identity, run->identity, at_the_turn))
+        e = refuse_other(run, identity, at_the_turn, msg, msg_len);
+    else if (h.n_params != run->training->n_params || h.n_sums != n_sums(run) ||
              h.step > (uint64_t)run->recipe.steps ||
              h.fine_step > (uint64_t)run->recipe.finetune.steps)
-        e = refuse_other(run, identity, msg, msg_len);
+        e = damaged(path, msg, msg_len);
     cJSON_Delete(identity);
     if (!e && fine && run->fine->n_params != h.n_fine) e = damaged(path, msg, msg_len);
     if (e) return e;

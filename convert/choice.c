@@ -39,6 +39,16 @@ struct asking {
     size_t msg_len;
 };
 
+/* A tokenizer may know more tokens than its model has weights for. */
+static enum err check_weights(const struct asking *a, const int32_t *ids, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] >= a->vocab_size)
+            return err_set(a->msg, a->msg_len, ERR_ARG,
+                           "%s:%d: one of the tokens is number %d, and %s has weights for %d",
+                           a->file, a->task->line, ids[i], a->reader->name, a->vocab_size);
+    return OK;
+}
+
 /* The context, and the logits after it. */
 static enum err read_context(struct asking *a, const int32_t *ids, size_t n, int32_t bos) {
     struct reader *r = a->reader;
@@ -88,8 +98,8 @@ static enum err ask_choice(struct asking *a, size_t n_context, int32_t bos, int 
         e = err_set(a->msg, a->msg_len, ERR_ARG,
                     "%s:%d: the question has %zu tokens with choice %d, %s reads at most %lld",
                     a->file, t->line, n, i, a->reader->name, (long long)limit);
-    else
-        e = read_choice(a, ids + n_context, (int64_t)(n - n_context), likelihood);
+    if (!e) e = check_weights(a, ids, n);
+    if (!e) e = read_choice(a, ids + n_context, (int64_t)(n - n_context), likelihood);
     free(ids);
     return e;
 }
@@ -117,7 +127,8 @@ enum err choice_ask(double *likelihoods, struct reader *reader, const char *file
                     "%s:%d: the question has %zu tokens, %s reads at most %lld", file, task->line,
                     n, reader->name, (long long)limit);
     } else {
-        e = read_context(&a, ids, n, bos);
+        e = check_weights(&a, ids, n);
+        if (!e) e = read_context(&a, ids, n, bos);
     }
     for (int i = 0; i < task->n_choices && !e; i++)
         e = ask_choice(&a, n, bos, i, &likelihoods[i]);

@@ -8,6 +8,7 @@
 #include "model/converted.h"
 #include "model/options.h"
 
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -58,6 +59,13 @@ static enum err check_settings(struct conversion *c) {
     free(base);
     free(out);
     if (same) return FAIL(c, ERR_ARG, "--out %s: that is the base itself", s->out);
+    char checkpoint[PATH_MAX];
+    snprintf(checkpoint, sizeof checkpoint, "%s/checkpoint", s->out);
+    if (access(checkpoint, F_OK) && folder_count(s->out) > 0)
+        return FAIL(c, ERR_ARG,
+                    "--out %s: the folder holds other things than an unfinished conversion; name "
+                    "another",
+                    s->out);
     return OK;
 }
 

@@ -154,6 +154,19 @@ static enum err read_file(struct eval *e, const char *path, char **text, size_t 
     return OK;
 }
 
+/* A tokenizer may know more tokens than its model has weights for. */
+static enum err check_weights(struct eval *e, const struct tokens *t) {
+    const struct model *models[] = {e->model, e->against};
+    for (int m = 0; m < 2; m++)
+        for (size_t i = 0; models[m] && i < t->n; i++)
+            if (t->ids[i] >= model_info(models[m])->vocab_size)
+                return FAIL(e, ERR_ARG,
+                            "--text: token %zu of '%s' is number %d, and %s has weights for %d", i,
+                            t->file, t->ids[i], model_info(models[m])->name,
+                            model_info(models[m])->vocab_size);
+    return OK;
+}
+
 /* Tokens of one file; both models must cut it alike, or their rows would not be comparable. */
 static enum err read_tokens(struct eval *e, struct tokens *t) {
     char *text = NULL;
@@ -178,7 +191,7 @@ static enum err read_tokens(struct eval *e, struct tokens *t) {
     if (e->settings->tokens && t->n > (size_t)e->settings->tokens)
         t->n = (size_t)e->settings->tokens;
     if (t->n < 2) return FAIL(e, ERR_ARG, "--text: '%s' has fewer than two tokens", t->file);
-    return OK;
+    return check_weights(e, t);
 }
 
 static enum err read_texts(struct eval *e) {
@@ -422,13 +435,13 @@ static enum err print_report(struct eval *e) {
     enum err err = OK;
     if (!json || (e->settings->json && !text))
         err = FAIL(e, ERR_NOMEM, "out of memory for the report");
+    if (!err && text) printf("%s\n", text);
+    if (!err && !text) report_table(stdout, &e->report);
     if (!err && e->settings->html) {
         cJSON *document = sheet_document(e->settings->model, json);
         err = sheet_write(e->settings->html, document, e->msg, e->msg_len);
         cJSON_Delete(document);
     }
-    if (!err && text) printf("%s\n", text);
-    if (!err && !text) report_table(stdout, &e->report);
     cJSON_free(text);
     cJSON_Delete(json);
     return err;
@@ -443,6 +456,7 @@ static enum err evaluate(struct eval *e) {
     if (!err)
         err = check_list(e, "--ablate", e->settings->ablate, known_parts,
                          "linear, cache, both and none");
+    if (!err && e->settings->html) err = sheet_check(e->settings->html, e->msg, e->msg_len);
     if (!err) err = read_tasks(e);
     if (!err) err = open_models(e);
     if (!err) err = read_texts(e);

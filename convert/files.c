@@ -3,6 +3,7 @@
 
 #include "model/base.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -107,6 +108,16 @@ enum err file_replace_tensors(const char *folder, const char *name,
 bool folder_is(const char *path) {
     struct stat st;
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+int folder_count(const char *path) {
+    DIR *dir = opendir(path);
+    int n = 0;
+    if (!dir) return -1;
+    for (struct dirent *entry; (entry = readdir(dir));)
+        n += strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..");
+    closedir(dir);
+    return n;
 }
 
 enum err folder_make(const char *folder, char *msg, size_t msg_len) {

@@ -33,6 +33,9 @@ enum err file_replace_tensors(const char *folder, const char *name,
 
 bool folder_is(const char *path); /* is there a folder of that name? */
 
+/* How much it holds, hidden things too; -1: it cannot be read, or is no folder. */
+int folder_count(const char *path);
+
 /* The folder itself, made where there is none (its parent must be there). */
 enum err folder_make(const char *folder, char *msg, size_t msg_len);
 

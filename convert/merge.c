@@ -369,15 +369,9 @@ static enum err name_folders(struct merge *m) {
         m->aside = NULL;
         return no_memory(m);
     }
-    struct dirent **entries;
-    int n = -1;
-    if (lstat(m->out, &st) == 0 && (n = scandir(m->out, &entries, NULL, NULL)) >= 0) {
-        for (int i = 0; i < n; i++)
-            free(entries[i]);
-        free(entries);
-    }
-    if (n > 2) return FAIL(m, ERR_ARG, "--out %s: the folder is not empty; name another", m->out);
-    if (n < 0 && lstat(m->out, &st) == 0)
+    if (folder_count(m->out) > 0)
+        return FAIL(m, ERR_ARG, "--out %s: the folder is not empty; name another", m->out);
+    if (lstat(m->out, &st) == 0 && !S_ISDIR(st.st_mode)) /* a link could not be renamed over */
         return FAIL(m, ERR_ARG, "--out %s: that is there and is no folder", m->out);
     if (mkdir(m->aside, 0755))
         return errno == EEXIST

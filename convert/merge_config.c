@@ -45,7 +45,8 @@ static enum err edit_config(const struct base *base, const char *dtype, const ch
     cJSON *config = NULL;
     enum err e = load(&config, base_path(base), "config.json", msg, msg_len);
     if (e) return e;
-    bool new_word = cJSON_HasObjectItem(config, "dtype"); /* since transformers 5 */
+    bool new_word =
+        cJSON_GetObjectItemCaseSensitive(config, "dtype") != NULL; /* since transformers 5 */
     put(config, new_word ? "dtype" : "torch_dtype", cJSON_CreateString(dtype));
     e = file_replace_json(folder, "config.json", config, msg, msg_len);
     cJSON_Delete(config);

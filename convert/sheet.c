@@ -9,10 +9,12 @@
 #include "model/base.h"
 #include "model/mapped.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* ---- looking into the document ---- */
 const cJSON *sheet_at(const cJSON *o, const char *path) {
@@ -371,24 +373,54 @@ cJSON *sheet_document(const char *folder, const cJSON *quality) {
     return o;
 }
 
-enum err sheet_write(const char *path, const cJSON *document, char *msg, size_t msg_len) {
+/* path, which ends in .html, cut into a folder and the JSON's name; owned by the caller. */
+static enum err cut_path(const char *path, char **folder, char **json, char *msg, size_t msg_len) {
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     size_t n = strlen(name);
+    *folder = *json = NULL;
     if (n < 6 || strcmp(name + n - 5, ".html"))
         return err_set(msg, msg_len, ERR_ARG, "'%s': the page's name must end in .html", path);
-    if (!strcmp(name, "conversion.html") && sheet_at(document, "quality"))
-        return err_set(msg, msg_len, ERR_ARG,
-                       "'%s': its JSON would be written over conversion.json; name it quality.html",
-                       path);
-    char *folder = slash ? strndup(path, (size_t)(slash - path) + (slash == path)) : strdup(".");
-    char *json = strdup(name), *text = sheet_html(document);
-    enum err e = OK;
-    if (!folder || !json || !text) {
-        e = err_set(msg, msg_len, ERR_NOMEM, "out of memory for the report");
-    } else {
-        strcpy(json + n - 5, ".json");
+    *folder = slash ? strndup(path, (size_t)(slash - path) + (slash == path)) : strdup(".");
+    *json = strdup(name);
+    if (!*folder || !*json) return err_set(msg, msg_len, ERR_NOMEM, "out of memory for the report");
+    strcpy(*json + n - 5, ".json");
+    return OK;
+}
+
+/* Would writing this JSON take a file that is none of ours? */
+static bool is_others(const char *folder, const char *json) {
+    char *path = path_join(folder, json);
+    bool there = path && access(path, F_OK) == 0;
+    free(path);
+    cJSON *was = there ? load(folder, json) : NULL;
+    bool ours = cJSON_IsArray(sheet_at(sheet_at(was, "quality"), "readers"));
+    cJSON_Delete(was);
+    return (there && !ours) || !strcmp(json, "conversion.json");
+}
+
+enum err sheet_check(const char *path, char *msg, size_t msg_len) {
+    char *folder, *json;
+    enum err e = cut_path(path, &folder, &json, msg, msg_len);
+    if (!e && access(folder, W_OK))
+        e = err_set(msg, msg_len, ERR_IO, "cannot write '%s': %s", path, strerror(errno));
+    if (!e && is_others(folder, json))
+        e = err_set(msg, msg_len, ERR_ARG,
+                    "'%s': its JSON would be written over %s; name it quality.html", path, json);
+    free(folder);
+    free(json);
+    return e;
+}
+
+enum err sheet_write(const char *path, const cJSON *document, char *msg, size_t msg_len) {
+    char *folder = NULL, *json = NULL;
+    enum err e = sheet_at(document, "quality") ? sheet_check(path, msg, msg_len) : OK;
+    if (!e) e = cut_path(path, &folder, &json, msg, msg_len);
+    char *text = e ? NULL : sheet_html(document);
+    if (!e && !text) e = err_set(msg, msg_len, ERR_NOMEM, "out of memory for the report");
+    if (!e) {
+        const char *slash = strrchr(path, '/');
         struct part part = {text, strlen(text)};
-        e = file_replace(folder, name, &part, 1, msg, msg_len);
+        e = file_replace(folder, slash ? slash + 1 : path, &part, 1, msg, msg_len);
         if (!e && strcmp(json, "conversion.json"))
             e = file_replace_json(folder, json, document, msg, msg_len);
     }

@@ -21,8 +21,12 @@ char *sheet_html(const cJSON *document);
  * may be NULL).  NULL: out of memory. */
 cJSON *sheet_document(const char *folder, const cJSON *quality);
 
-/* Both forms: path (which ends in .html) and the same with .json, each whole or not at all.  ERR_ARG: the JSON would be
- * written over a conversion.json. */
+/* May what was measured be written there?  path ends in .html, its folder can be written, and where
+ * the JSON would lie is nothing but an earlier report. */
+enum err sheet_check(const char *path, char *msg, size_t msg_len);
+
+/* Both forms: path and the same with .json, each whole or not at all; but not over conversion.json,
+ * which the record of a conversion is written to otherwise.  With quality: sheet_check() first. */
 enum err sheet_write(const char *path, const cJSON *document, char *msg, size_t msg_len);
 
 #endif

@@ -23,7 +23,8 @@ struct gpu_weights {                            /* owns all it names */
     size_t bytes; /* on the device */
 };
 
-/* Copies and waits.  ERR_NOMEM: here or on the device; ERR_DEVICE.  Free it either way. */
+/* Copies and waits; `to` was all zero, the rest is only read meanwhile.  ERR_NOMEM: here or on the
+ * device; ERR_DEVICE. Free it either way. */
 enum err gpu_weights_copy(struct gpu_weights *to, struct gpu *g, const struct communicator *ranks,
                           const struct base_config *base, const struct weights *from);
 void gpu_weights_free(struct gpu_weights *w, struct gpu *g); /* all zero: nothing */

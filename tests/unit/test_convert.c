@@ -353,6 +353,29 @@ static void test_another_conversions_checkpoint_is_refused_and_kept(void **state
     CONVERTED(STORIES_CONVERT, "--out", in("out"), "--steps", "3");
 }
 
+/* What was set and is not any more, too. */
+static void test_a_setting_that_is_dropped_is_named(void **state) {
+    (void)state;
+    convert_interrupt_after(1);
+    int status = CONVERT(STORIES_CONVERT, "--out", in("out"), "--steps", "3", "--recall", "0.25");
+    convert_interrupt_after(0);
+    assert_int_equal(status, 130);
+    REFUSED("recall was 0.25, now it is not set", STORIES_CONVERT, "--out", in("out"), "--steps",
+            "3");
+}
+
+static void test_a_folder_of_other_things_is_left_alone(void **state) {
+    (void)state;
+    assert_int_equal(mkdir(in("out"), 0755), 0);
+    write_bytes(in("out/config.json"), (unsigned char *)"{}", 2);
+    REFUSED("holds other things", STORIES_CONVERT, "--out", in("out"), "--steps", "3");
+    struct bytes is = contents(in("out/config.json"));
+    assert_int_equal(is.len, 2);
+    free(is.at);
+    assert_int_equal(unlink(in("out/config.json")), 0);
+    CONVERTED(STORIES_CONVERT, "--out", in("out"), "--steps", "3"); /* an empty one is taken */
+}
+
 static void test_training_that_diverges_stops_and_keeps_what_was_good(void **state) {
     (void)state;
     REFUSED("training was stopped", STORIES_CONVERT, "--out", in("out"), "--steps", "60", "--lr",
@@ -388,6 +411,8 @@ int main(void) {
         IN_FOLDER(test_packs_hold_whole_pieces_of_single_documents),
         IN_FOLDER(test_what_is_missing_or_malformed_is_named),
         IN_FOLDER(test_another_conversions_checkpoint_is_refused_and_kept),
+        IN_FOLDER(test_a_setting_that_is_dropped_is_named),
+        IN_FOLDER(test_a_folder_of_other_things_is_left_alone),
         IN_FOLDER(test_training_that_diverges_stops_and_keeps_what_was_good),
         IN_FOLDER(test_a_full_disk_leaves_nothing_half_written),
     };

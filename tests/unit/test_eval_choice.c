@@ -5,6 +5,7 @@
 #include "convert/choice.h"
 #include "convert/eval.h"
 
+#include <limits.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -215,6 +216,95 @@ static void test_both_rules_choose_by_their_definition(void **state) {
 }
 
 /* ---- the command ---- */
+/* What `urchin eval` says on stderr, and its status. */
+static int eval_says(char *said, size_t size, char **flags, int n) {
+    struct settings s;
+    bool help;
+    char msg[256], path[] = "/tmp/urchin-said-XXXXXX";
+    assert_int_equal(settings_load(&s, n, flags, &help, msg, sizeof msg), OK);
+    int saved = dup(2), to = mkstemp(path);
+    dup2(to, 2);
+    int status = eval_main(&s, team);
+    dup2(saved, 2);
+    close(saved);
+    lseek(to, 0, SEEK_SET);
+    ssize_t got = read(to, said, size - 1);
+    said[got < 0 ? 0 : got] = 0;
+    close(to);
+    unlink(path);
+    settings_free(&s);
+    return status;
+}
+
+static void write_text(const char *path, const char *text) {
+    FILE *file = fopen(path, "w");
+    assert_non_null(file);
+    fputs(text, file);
+    fclose(file);
+}
+
+/* Before anything is measured, or a model is looked for. */
+static void test_a_page_that_cannot_be_written_is_refused_first(void **state) {
+    (void)state;
+    char said[2000], *flags[] = {"eval", "no/model", "--html", "page.htm"};
+    assert_int_equal(eval_says(said, sizeof said, flags, 4), 1);
+    assert_non_null(strstr(said, "must end in .html"));
+    flags[3] = "no/folder/page.html";
+    assert_int_equal(eval_says(said, sizeof said, flags, 4), 1);
+    assert_non_null(strstr(said, "no/folder/page.html"));
+}
+
+/* A copy of MODEL whose tokenizer knows one token more, "zebra", than there are weights for. */
+static void test_tokens_without_weights_are_refused(void **state) {
+    (void)state;
+    char folder[] = "/tmp/urchin-zebra-XXXXXX", path[100], target[PATH_MAX], said[2000];
+    static const char *const linked[] = {"config.json", "model.safetensors", "hedgehog.safetensors",
+                                         "tokenizer_config.json", "urchin.json"};
+    enum { N_LINKED = sizeof linked / sizeof *linked };
+    assert_non_null(mkdtemp(folder));
+    for (int i = 0; i < N_LINKED; i++) {
+        snprintf(path, sizeof path, MODEL "/%s", linked[i]);
+        assert_non_null(realpath(path, target));
+        snprintf(path, sizeof path, "%s/%s", folder, linked[i]);
+        assert_int_equal(symlink(target, path), 0);
+    }
+    char *text = calloc(1, 1 << 16), *more = calloc(1, 1 << 16);
+    FILE *file = fopen(MODEL "/tokenizer.json", "r");
+    assert_true(fread(text, 1, (1 << 16) - 1, file) > 0);
+    fclose(file);
+    char *at = strstr(text, "\"added_tokens\": [");
+    assert_non_null(at);
+    at += strlen("\"added_tokens\": [");
+    snprintf(more, 1 << 16,
+             "%.*s{\"id\":512,\"content\":\"zebra\",\"single_word\":false,\"lstrip\":false,"
+             "\"rstrip\":false,\"normalized\":false,\"special\":false},%s",
+             (int)(at - text), text, at);
+    snprintf(path, sizeof path, "%s/tokenizer.json", folder);
+    write_text(path, more);
+    static const char *const questions[] = {
+        "{\"question\":\"There was a\",\"choices\":[\"zebra\",\"cat\"],\"answer\":1}\n",
+        "{\"question\":\"The zebra was\",\"choices\":[\"big\",\"red\"],\"answer\":1}\n"};
+    snprintf(path, sizeof path, "%s/text", folder);
+    for (int i = 0; i < 2; i++) {
+        write_text(path, questions[i]);
+        char *flags[] = {"eval", folder, "--tests", "choice", "--tasks", path};
+        assert_int_equal(eval_says(said, sizeof said, flags, 6), 1);
+        assert_non_null(strstr(said, "text:1: one of the tokens is number 512"));
+    }
+    write_text(path, "There was a zebra and a cat.");
+    char *flags[] = {"eval", folder, "--tests", "perplexity", "--text", path};
+    assert_int_equal(eval_says(said, sizeof said, flags, 6), 1);
+    assert_non_null(strstr(said, "/text' is number 512, and"));
+    unlink(path);
+    for (int i = 0; i <= N_LINKED; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, i < N_LINKED ? linked[i] : "tokenizer.json");
+        unlink(path);
+    }
+    assert_int_equal(rmdir(folder), 0);
+    free(text);
+    free(more);
+}
+
 static void test_the_command_scores_base_model_and_ablations(void **state) {
     (void)state;
     char path[] = "/tmp/urchin-tasks-XXXXXX", out[] = "/tmp/urchin-choice-XXXXXX";
@@ -277,6 +367,8 @@ int main(void) {
         cmocka_unit_test(test_what_does_not_fit_or_has_no_token_is_refused_by_line),
         cmocka_unit_test(test_both_rules_choose_by_their_definition),
         cmocka_unit_test(test_the_command_scores_base_model_and_ablations),
+        cmocka_unit_test(test_a_page_that_cannot_be_written_is_refused_first),
+        cmocka_unit_test(test_tokens_without_weights_are_refused),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     team_free(team);

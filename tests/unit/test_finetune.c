@@ -148,6 +148,9 @@ static void test_what_transfer_does_not_know_may_change_at_its_end(void **state)
         int status = CONVERT(SHORT, "--out", in(out), "--finetune-steps", "4");
         convert_interrupt_after(0);
         assert_int_equal(status, 130);
+        if (stop == 2) /* and what may change is not blamed */
+            REFUSED("rows was 20, now it is 10", SHORT, "--out", in(out), "--finetune-steps", "4",
+                    "--rows", "10", "--horizon", "64");
         if (stop == 2)
             CONVERTED(SHORT, "--out", in(out), "--finetune-steps", "3", "--cache-size", "8",
                       "--horizon", "64", "--rank", "2");

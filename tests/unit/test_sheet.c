@@ -404,6 +404,17 @@ static void test_both_files_are_written_or_a_sentence(void **state) {
     assert_non_null(strstr(msg, "no/page.html"));
     assert_int_equal(sheet_write(in("page.html"), json, msg, sizeof msg), OK);
     assert_int_equal(access(in("page.json"), F_OK), 0);
+    assert_int_equal(sheet_write(in("page.html"), json, msg, sizeof msg),
+                     OK); /* a report's again */
+    static const char *const others[] = {"{\"quality\":{\"perplexity\":1}}", "{", ""};
+    for (int i = 0; i < 3; i++) {
+        FILE *file = fopen(in("urchin.json"), "w");
+        fputs(others[i], file);
+        fclose(file);
+        assert_int_equal(sheet_write(in("urchin.html"), json, msg, sizeof msg), ERR_ARG);
+        assert_non_null(strstr(msg, "written over urchin.json"));
+        assert_int_not_equal(access(in("urchin.html"), F_OK), 0);
+    }
     assert_int_equal(sheet_write(in("conversion.html"), plain, msg, sizeof msg), OK);
     assert_int_not_equal(access(in("conversion.json"), F_OK), 0); /* it is not this function's */
     cJSON_Delete(json);
