@@ -116,7 +116,10 @@ static enum err open_models(struct eval *e) {
     if (info->attention.kind != ATTENTION_HEDGEHOG) return OK;
     const struct reader *whole = &e->readers[e->n_readers - 1];
     bool cache = attention_cache_most(&info->attention);
-    if (listed(s->ablate, "linear")) add_reader(e, "exact keys only", e->model, false, whole);
+    /* where nothing is exact, c_h scales all weights alike: nothing is switched off */
+    bool exact = info->attention.window != WINDOW_NONE || info->attention.sinks;
+    if (exact && listed(s->ablate, "linear"))
+        add_reader(e, "exact keys only", e->model, false, whole);
     if (!cache || !(listed(s->ablate, "cache") || listed(s->ablate, "both"))) return OK;
     options_of(&o, e);
     o.cache_size = o.cache_recent = o.cache_fact_age = o.retrieval_size = 0;

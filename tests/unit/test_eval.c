@@ -2,24 +2,14 @@
  * one token at a time. */
 #include "config/json.h"
 #include "config/log.h"
-#include "convert/eval.h"
 #include "convert/passkey.h"
 #include "convert/reading.h"
 #include "convert/report.h"
+#include "eval_testing.h"
 
 #include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
 
-#include <cmocka.h>
-
-#define MODEL "models/stories260k-hedgehog"
 #define TEXT "tests/data/text/tinystories-valid-head.txt"
-
-static struct team *team;
 
 static float uniform(uint32_t *state) { /* in [-1, 1) */
     *state = *state * 1664525u + 1013904223u;
@@ -397,29 +387,6 @@ static void test_a_digit_is_right_when_it_is_the_most_likely_next_token(void **s
 
 /* ---- the command ---- */
 
-/* Runs eval_main with these flags; what it printed on out_fd (1 or 2) into text. */
-static int run_eval(char **flags, int n_flags, int out_fd, char *text, size_t room) {
-    struct settings s;
-    bool help;
-    char msg[512] = "";
-    if (settings_load(&s, n_flags, flags, &help, msg, sizeof msg)) fail_msg("%s", msg);
-    FILE *file = tmpfile();
-    assert_non_null(file);
-    fflush(NULL);
-    int saved = dup(out_fd);
-    dup2(fileno(file), out_fd);
-    int status = eval_main(&s, team);
-    fflush(NULL);
-    dup2(saved, out_fd);
-    close(saved);
-    rewind(file);
-    size_t n = fread(text, 1, room - 1, file);
-    text[n] = 0;
-    fclose(file);
-    settings_free(&s);
-    return status;
-}
-
 static void test_the_report_holds_all_tests_of_all_readers(void **state) {
     (void)state;
     static char text[1 << 20];
@@ -504,6 +471,30 @@ static void test_a_dead_linear_branch_is_told(void **state) {
     model_close(m);
 }
 
+/* Without a window and sinks c_h scales all weights alike, so there is nothing to switch off. */
+static void test_a_model_without_exact_keys_has_no_ablation(void **state) {
+    (void)state;
+    static char text[1 << 16];
+    char folder[] = "/tmp/urchin-pure-XXXXXX", msg[256];
+    char *json = edited(MODEL "/urchin.json",
+                        "\"window\": {\n   \"rule\": \"terraced\",\n   \"size\": 32\n  },\n"
+                        "  \"sinks\": 1,\n  \"cache\": {\n   \"size\": 16,\n"
+                        "   \"score\": \"self_recall\"\n  },",
+                        "\"window\": {\"rule\": \"none\"}, \"sinks\": 0, \"cache\": null,");
+    copy_model(folder, "urchin.json", json);
+    free(json);
+    char *flags[] = {"eval", folder,    "--text",     TEXT,    "--tokens",
+                     "300",  "--tests", "perplexity", "--json"};
+    int status = run_eval(flags, sizeof flags / sizeof *flags, 1, text, sizeof text);
+    remove_copy(folder);
+    assert_int_equal(status, 0);
+    struct json *root;
+    if (json_parse(&root, text, strlen(text), "report", msg, sizeof msg)) fail_msg("%s", msg);
+    assert_int_equal(json_size(json_get(root, "readers")), 1);
+    assert_null(json_get(root, "linear_branch"));
+    json_free(root);
+}
+
 static void test_the_error_of_a_difference_is_that_of_a_mean(void **state) {
     (void)state;
     struct score sum = {0};
@@ -573,6 +564,7 @@ int main(void) {
         cmocka_unit_test(test_a_digit_is_right_when_it_is_the_most_likely_next_token),
         cmocka_unit_test(test_the_report_holds_all_tests_of_all_readers),
         cmocka_unit_test(test_a_dead_linear_branch_is_told),
+        cmocka_unit_test(test_a_model_without_exact_keys_has_no_ablation),
         cmocka_unit_test(test_the_error_of_a_difference_is_that_of_a_mean),
         cmocka_unit_test(test_wrong_requests_earn_one_sentence),
     };

@@ -3,23 +3,11 @@
 #include "config/json.h"
 #include "config/log.h"
 #include "convert/choice.h"
-#include "convert/eval.h"
+#include "eval_testing.h"
 
-#include <limits.h>
 #include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
 
-#include <cmocka.h>
-
-#define MODEL "models/stories260k-hedgehog"
 #define BASE "tests/data/models/stories260k"
-
-static struct team *team;
 
 static struct model *open_model(const char *path) {
     struct model_options o;
@@ -216,98 +204,48 @@ static void test_both_rules_choose_by_their_definition(void **state) {
 }
 
 /* ---- the command ---- */
-/* What `urchin eval` says on stderr, and its status. */
-static int eval_says(char *said, size_t size, char **flags, int n) {
-    struct settings s;
-    bool help;
-    char msg[256], path[] = "/tmp/urchin-said-XXXXXX";
-    assert_int_equal(settings_load(&s, n, flags, &help, msg, sizeof msg), OK);
-    int saved = dup(2), to = mkstemp(path);
-    dup2(to, 2);
-    int status = eval_main(&s, team);
-    dup2(saved, 2);
-    close(saved);
-    lseek(to, 0, SEEK_SET);
-    ssize_t got = read(to, said, size - 1);
-    said[got < 0 ? 0 : got] = 0;
-    close(to);
-    unlink(path);
-    settings_free(&s);
-    return status;
-}
-
-static void write_text(const char *path, const char *text) {
-    FILE *file = fopen(path, "w");
-    assert_non_null(file);
-    fputs(text, file);
-    fclose(file);
-}
-
 /* Before anything is measured, or a model is looked for. */
 static void test_a_page_that_cannot_be_written_is_refused_first(void **state) {
     (void)state;
     char said[2000], *flags[] = {"eval", "no/model", "--html", "page.htm"};
-    assert_int_equal(eval_says(said, sizeof said, flags, 4), 1);
+    assert_int_equal(run_eval(flags, 4, 2, said, sizeof said), 1);
     assert_non_null(strstr(said, "must end in .html"));
     flags[3] = "no/folder/page.html";
-    assert_int_equal(eval_says(said, sizeof said, flags, 4), 1);
+    assert_int_equal(run_eval(flags, 4, 2, said, sizeof said), 1);
     assert_non_null(strstr(said, "no/folder/page.html"));
 }
 
 /* A copy of MODEL whose tokenizer knows one token more, "zebra", than there are weights for. */
 static void test_tokens_without_weights_are_refused(void **state) {
     (void)state;
-    char folder[] = "/tmp/urchin-zebra-XXXXXX", path[100], target[PATH_MAX], said[2000];
-    static const char *const linked[] = {"config.json", "model.safetensors", "hedgehog.safetensors",
-                                         "tokenizer_config.json", "urchin.json"};
-    enum { N_LINKED = sizeof linked / sizeof *linked };
-    assert_non_null(mkdtemp(folder));
-    for (int i = 0; i < N_LINKED; i++) {
-        snprintf(path, sizeof path, MODEL "/%s", linked[i]);
-        assert_non_null(realpath(path, target));
-        snprintf(path, sizeof path, "%s/%s", folder, linked[i]);
-        assert_int_equal(symlink(target, path), 0);
-    }
-    char *text = calloc(1, 1 << 16), *more = calloc(1, 1 << 16);
-    FILE *file = fopen(MODEL "/tokenizer.json", "r");
-    assert_true(fread(text, 1, (1 << 16) - 1, file) > 0);
-    fclose(file);
-    char *at = strstr(text, "\"added_tokens\": [");
-    assert_non_null(at);
-    at += strlen("\"added_tokens\": [");
-    snprintf(more, 1 << 16,
-             "%.*s{\"id\":512,\"content\":\"zebra\",\"single_word\":false,\"lstrip\":false,"
-             "\"rstrip\":false,\"normalized\":false,\"special\":false},%s",
-             (int)(at - text), text, at);
-    snprintf(path, sizeof path, "%s/tokenizer.json", folder);
-    write_text(path, more);
     static const char *const questions[] = {
         "{\"question\":\"There was a\",\"choices\":[\"zebra\",\"cat\"],\"answer\":1}\n",
         "{\"question\":\"The zebra was\",\"choices\":[\"big\",\"red\"],\"answer\":1}\n"};
+    char folder[] = "/tmp/urchin-zebra-XXXXXX", path[100], said[2000];
+    char *text =
+        edited(MODEL "/tokenizer.json", "\"added_tokens\": [",
+               "\"added_tokens\":[{\"id\":512,\"content\":\"zebra\",\"single_word\":false,"
+               "\"lstrip\":false,\"rstrip\":false,\"normalized\":false,\"special\":false},");
+    copy_model(folder, "tokenizer.json", text);
+    free(text);
     snprintf(path, sizeof path, "%s/text", folder);
+    char *asked[] = {"eval", folder, "--tests", "choice", "--tasks", path},
+         *read[] = {"eval", folder, "--tests", "perplexity", "--text", path};
     for (int i = 0; i < 2; i++) {
         write_text(path, questions[i]);
-        char *flags[] = {"eval", folder, "--tests", "choice", "--tasks", path};
-        assert_int_equal(eval_says(said, sizeof said, flags, 6), 1);
+        assert_int_equal(run_eval(asked, 6, 2, said, sizeof said), 1);
         assert_non_null(strstr(said, "text:1: one of the tokens is number 512"));
     }
     write_text(path, "There was a zebra and a cat.");
-    char *flags[] = {"eval", folder, "--tests", "perplexity", "--text", path};
-    assert_int_equal(eval_says(said, sizeof said, flags, 6), 1);
+    assert_int_equal(run_eval(read, 6, 2, said, sizeof said), 1);
     assert_non_null(strstr(said, "/text' is number 512, and"));
     unlink(path);
-    for (int i = 0; i <= N_LINKED; i++) {
-        snprintf(path, sizeof path, "%s/%s", folder, i < N_LINKED ? linked[i] : "tokenizer.json");
-        unlink(path);
-    }
-    assert_int_equal(rmdir(folder), 0);
-    free(text);
-    free(more);
+    remove_copy(folder);
 }
 
 static void test_the_command_scores_base_model_and_ablations(void **state) {
     (void)state;
-    char path[] = "/tmp/urchin-tasks-XXXXXX", out[] = "/tmp/urchin-choice-XXXXXX";
+    char path[] = "/tmp/urchin-tasks-XXXXXX";
     FILE *file = fdopen(mkstemp(path), "w");
     /* what its stories say, against what no child would: then an answer marked wrong on purpose,
      * and one whose right choice is longer than the likely one */
@@ -320,24 +258,9 @@ static void test_the_command_scores_base_model_and_ablations(void **state) {
     fclose(file);
     char *flags[] = {"eval",      MODEL, "--tests",   "choice", "--tasks", path,
                      "--against", BASE,  "--weights", "fp32",   "--json"};
-    struct settings s;
-    bool help;
     char msg[256], *text = calloc(1, 1 << 16);
-    assert_int_equal(settings_load(&s, sizeof flags / sizeof *flags, flags, &help, msg, sizeof msg),
-                     OK);
-    fflush(NULL);
-    int saved = dup(1), to = mkstemp(out);
-    dup2(to, 1);
-    int status = eval_main(&s, team);
-    fflush(NULL);
-    dup2(saved, 1);
-    close(saved);
-    lseek(to, 0, SEEK_SET);
-    assert_true(read(to, text, (1 << 16) - 1) > 0);
-    close(to);
-    settings_free(&s);
+    int status = run_eval(flags, sizeof flags / sizeof *flags, 1, text, 1 << 16);
     unlink(path);
-    unlink(out);
     assert_int_equal(status, 0);
     struct json *root;
     if (json_parse(&root, text, strlen(text), "report", msg, sizeof msg)) fail_msg("%s", msg);
