@@ -1,6 +1,7 @@
 /* test_gpu_attention.c - attention on a device is the CPU's, for every kind, map, mixing, window
  * and position rule; in exact mode but for the order of sums. */
 #include "tests/gpu/attention_device.h"
+#include "tests/gpu/orders.h"
 
 #include <stdio.h>
 
@@ -242,19 +243,6 @@ static void test_fast_shapes_are_the_cpus_but_for_rounding(void **state) {
     }
 }
 
-/* ---- both orders in which the emulator runs threads ---- */
-
-static int lock_step(void **state) {
-    (void)state;
-    emu_set_order(0, 0);
-    return 0;
-}
-static int one_warp_at_a_time(void **state) {
-    (void)state;
-    emu_set_order(2, 1);
-    return 0;
-}
-
 int main(void) {
     char msg[256];
     if (gpu_open(&gpu, msg, sizeof msg)) return 1;
@@ -269,8 +257,7 @@ int main(void) {
         cmocka_unit_test(test_without_exact_only_the_state_is_rounded),
         cmocka_unit_test(test_fast_shapes_are_the_cpus_but_for_rounding),
     };
-    int failed = cmocka_run_group_tests_name("lock-step", tests, lock_step, report);
-    failed += cmocka_run_group_tests_name("one warp at a time", tests, one_warp_at_a_time, report);
+    int failed = run_in_both_orders(tests, sizeof tests / sizeof *tests, 1, report);
     gpu_close(gpu);
     return failed;
 }

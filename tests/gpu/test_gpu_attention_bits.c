@@ -1,6 +1,7 @@
 /* test_gpu_attention_bits.c - a row's bits on a device follow from its sequence alone: not from how
  * its prompt was cut, nor from neighbours, slots, padding, or how much room there was. */
 #include "tests/gpu/attention_device.h"
+#include "tests/gpu/orders.h"
 
 static struct gpu *gpu;
 
@@ -261,19 +262,6 @@ static void test_nan_stays_in_its_sequence(void **state) {
     }
 }
 
-/* ---- both orders in which the emulator runs threads ---- */
-
-static int lock_step(void **state) {
-    (void)state;
-    emu_set_order(0, 0);
-    return 0;
-}
-static int one_warp_at_a_time(void **state) {
-    (void)state;
-    emu_set_order(2, 7);
-    return 0;
-}
-
 int main(void) {
     char msg[256];
     if (gpu_open(&gpu, msg, sizeof msg)) return 1;
@@ -287,8 +275,7 @@ int main(void) {
         cmocka_unit_test(test_results_in_bf16_are_rounded_results),
         cmocka_unit_test(test_nan_stays_in_its_sequence),
     };
-    int failed = cmocka_run_group_tests_name("lock-step", tests, lock_step, NULL);
-    failed += cmocka_run_group_tests_name("one warp at a time", tests, one_warp_at_a_time, NULL);
+    int failed = run_in_both_orders(tests, sizeof tests / sizeof *tests, 7, NULL);
     gpu_close(gpu);
     return failed;
 }

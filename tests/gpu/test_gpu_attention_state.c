@@ -1,6 +1,7 @@
 /* test_gpu_attention_state.c - slots on a device: copied, cleared, saved and loaded, between device
  * and CPU in both directions. */
 #include "tests/gpu/attention_device.h"
+#include "tests/gpu/orders.h"
 
 static struct gpu *gpu;
 
@@ -243,19 +244,6 @@ static void test_too_many_slots_are_no_memory(void **state) {
     rig_close(&g);
 }
 
-/* ---- both orders in which the emulator runs threads ---- */
-
-static int lock_step(void **state) {
-    (void)state;
-    emu_set_order(0, 0);
-    return 0;
-}
-static int one_warp_at_a_time(void **state) {
-    (void)state;
-    emu_set_order(2, 3);
-    return 0;
-}
-
 int main(void) {
     char msg[256];
     if (gpu_open(&gpu, msg, sizeof msg)) return 1;
@@ -269,8 +257,7 @@ int main(void) {
         cmocka_unit_test(test_a_cache_too_large_for_a_block_is_refused),
         cmocka_unit_test(test_too_many_slots_are_no_memory),
     };
-    int failed = cmocka_run_group_tests_name("lock-step", tests, lock_step, NULL);
-    failed += cmocka_run_group_tests_name("one warp at a time", tests, one_warp_at_a_time, NULL);
+    int failed = run_in_both_orders(tests, sizeof tests / sizeof *tests, 3, NULL);
     gpu_close(gpu);
     return failed;
 }

@@ -2,6 +2,7 @@
  * recalled and which of them stay, block by block from the same state as the CPU and the exact
  * kernels. */
 #include "tests/gpu/attention_device.h"
+#include "tests/gpu/orders.h"
 
 static struct gpu *gpu;
 
@@ -372,19 +373,6 @@ static void test_equal_keys_have_equal_errors(void **state) {
     rig_close(&g);
 }
 
-/* ---- both orders in which the emulator runs threads ---- */
-
-static int lock_step(void **state) {
-    (void)state;
-    emu_set_order(0, 0);
-    return 0;
-}
-static int one_warp_at_a_time(void **state) {
-    (void)state;
-    emu_set_order(2, 5);
-    return 0;
-}
-
 int main(void) {
     char msg[256];
     if (gpu_open(&gpu, msg, sizeof msg)) return 1;
@@ -395,8 +383,7 @@ int main(void) {
         cmocka_unit_test(test_any_number_of_processors_leaves_the_same_bits),
         cmocka_unit_test(test_the_default_shape_does),
     };
-    int failed = cmocka_run_group_tests_name("one warp at a time", tests, one_warp_at_a_time, NULL);
-    failed += cmocka_run_group_tests_name("lock-step", tests, lock_step, NULL);
+    int failed = run_in_both_orders(tests, sizeof tests / sizeof *tests, 5, NULL);
     gpu_close(gpu);
     return failed;
 }

@@ -16,7 +16,7 @@
 
 #include <cmocka.h>
 
-#include "tests/emu/emu.h"
+#include "tests/gpu/orders.h"
 
 enum { LAYERS = 2, LAYER = 1, MOST_SEGMENTS = 40, MOST_HEADS = LAYERS * 16 };
 enum { ANSWER, DECODE, GENERATED }; /* which kernels */
@@ -488,18 +488,6 @@ static void test_other_shapes_are_left_alone(void **state) {
     rig_close(&r);
 }
 
-/* ---- both orders in which the emulator runs threads ---- */
-
-static int lock_step(void **state) {
-    (void)state;
-    emu_set_order(0, 0);
-    return 0;
-}
-static int one_warp_at_a_time(void **state) {
-    (void)state;
-    emu_set_order(2, 1);
-    return 0;
-}
 static int report(void **state) {
     (void)state;
     print_message("at most %.2g of the tolerance used\n", (double)most_used);
@@ -518,8 +506,7 @@ int main(void) {
         cmocka_unit_test(test_bits_are_a_rows_own),
         cmocka_unit_test(test_other_shapes_are_left_alone),
     };
-    int failed = cmocka_run_group_tests_name("lock-step", tests, lock_step, report);
-    failed += cmocka_run_group_tests_name("one warp at a time", tests, one_warp_at_a_time, report);
+    int failed = run_in_both_orders(tests, sizeof tests / sizeof *tests, 1, report);
     gpu_close(gpu);
     return failed;
 }

@@ -15,7 +15,7 @@
 
 #include <cmocka.h>
 
-#include "tests/emu/emu.h"
+#include "tests/gpu/orders.h"
 
 static struct gpu *gpu;
 
@@ -394,19 +394,6 @@ static void test_other_sizes_are_refused(void **state) {
     assert_int_equal(matrix_new(&w, WEIGHT_FP8, 17, 32), ERR_ARG);
 }
 
-/* ---- both orders in which the emulator runs threads ---- */
-
-static int lock_step(void **state) {
-    (void)state;
-    emu_set_order(0, 0);
-    return 0;
-}
-static int one_warp_at_a_time(void **state) {
-    (void)state;
-    emu_set_order(2, 1);
-    return 0;
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_code_has_its_value),
@@ -420,6 +407,7 @@ int main(void) {
     };
     static const char *const capabilities[] = {"90", "89"};
     int failed = 0;
+    order_seed = 1;
     for (int i = 0; i < 2; i++) {
         char msg[256];
         setenv("URCHIN_EMULATED_CAPABILITY", capabilities[i], 1);

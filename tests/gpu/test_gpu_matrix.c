@@ -14,7 +14,7 @@
 
 #include <cmocka.h>
 
-#include "tests/emu/emu.h"
+#include "tests/gpu/orders.h"
 
 static const enum weight_type types[] = {WEIGHT_FP32, WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4};
 static struct gpu *gpu;
@@ -347,19 +347,6 @@ static void test_parts_that_are_none_are_refused(void **state) {
     free_pair(&p);
 }
 
-/* ---- both orders in which the emulator runs threads ---- */
-
-static int lock_step(void **state) {
-    (void)state;
-    emu_set_order(0, 0);
-    return 0;
-}
-static int one_warp_at_a_time(void **state) {
-    (void)state;
-    emu_set_order(2, 1);
-    return 0;
-}
-
 int main(void) {
     char msg[256];
     if (gpu_open(&gpu, msg, sizeof msg)) return 1;
@@ -373,8 +360,7 @@ int main(void) {
         cmocka_unit_test(test_parts_that_are_none_are_refused),
         cmocka_unit_test(test_rows_are_those_of_the_packed_matrix),
     };
-    int failed = cmocka_run_group_tests_name("lock-step", tests, lock_step, NULL);
-    failed += cmocka_run_group_tests_name("one warp at a time", tests, one_warp_at_a_time, NULL);
+    int failed = run_in_both_orders(tests, sizeof tests / sizeof *tests, 1, NULL);
     gpu_close(gpu);
     return failed;
 }

@@ -12,7 +12,7 @@
 
 #include <cmocka.h>
 
-#include "tests/emu/emu.h"
+#include "tests/gpu/orders.h"
 
 static struct gpu *gpu;
 
@@ -333,17 +333,6 @@ static void a_vocabulary_too_large_is_refused(void **state) {
     assert_null(s);
 }
 
-static int lock_step(void **state) {
-    (void)state;
-    emu_set_order(0, 0);
-    return 0;
-}
-static int one_warp_at_a_time(void **state) {
-    (void)state;
-    emu_set_order(2, 1);
-    return 0;
-}
-
 int main(void) {
     char msg[256];
     if (gpu_open(&gpu, msg, sizeof msg)) return 1;
@@ -356,8 +345,7 @@ int main(void) {
         cmocka_unit_test(nan_is_never_drawn_and_infinity_always),
         cmocka_unit_test(a_vocabulary_too_large_is_refused),
     };
-    int failed = cmocka_run_group_tests_name("lock-step", tests, lock_step, NULL);
-    failed += cmocka_run_group_tests_name("one warp at a time", tests, one_warp_at_a_time, NULL);
+    int failed = run_in_both_orders(tests, sizeof tests / sizeof *tests, 1, NULL);
     gpu_close(gpu);
     return failed;
 }
