@@ -3,43 +3,15 @@
 #ifndef URCHIN_TESTS_EVAL_TESTING_H
 #define URCHIN_TESTS_EVAL_TESTING_H
 
+#include "command_testing.h"
 #include "convert/eval.h"
 
 #include <limits.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-#include <cmocka.h>
 
 #define MODEL "models/stories260k-hedgehog"
 
-static struct team *team; /* of the whole program */
-
-/* Runs eval_main with these flags; what it printed on out_fd (1 or 2) into text. */
 static inline int run_eval(char **flags, int n_flags, int out_fd, char *text, size_t room) {
-    struct settings s;
-    bool help;
-    char msg[512] = "";
-    if (settings_load(&s, n_flags, flags, &help, msg, sizeof msg)) fail_msg("%s", msg);
-    FILE *file = tmpfile();
-    assert_non_null(file);
-    fflush(NULL);
-    int saved = dup(out_fd);
-    dup2(fileno(file), out_fd);
-    int status = eval_main(&s, team);
-    fflush(NULL);
-    dup2(saved, out_fd);
-    close(saved);
-    rewind(file);
-    size_t n = fread(text, 1, room - 1, file);
-    text[n] = 0;
-    fclose(file);
-    settings_free(&s);
-    return status;
+    return run_command(eval_main, flags, n_flags, out_fd, text, room);
 }
 
 static inline void write_text(const char *path, const char *text) {

@@ -1,42 +1,15 @@
 /* test_bench.c - the benchmark measures what it says: every point, its bytes, and depths that are
  * really read. */
+#include "command_testing.h"
 #include "config/json.h"
 #include "model/model.h"
 #include "server/bench.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-#include <cmocka.h>
-
 #define MODEL "models/stories260k-hedgehog"
 #define SOFTMAX "tests/data/models/stories260k"
 
-static struct team *team;
-
-/* Runs bench_main with these flags; what it printed on out_fd (1 or 2) into text. */
 static int run_bench(char **flags, int n_flags, int out_fd, char *text, size_t room) {
-    struct settings s;
-    bool help;
-    char msg[512] = "";
-    if (settings_load(&s, n_flags, flags, &help, msg, sizeof msg)) fail_msg("%s", msg);
-    FILE *file = tmpfile();
-    assert_non_null(file);
-    fflush(NULL);
-    int saved = dup(out_fd);
-    dup2(fileno(file), out_fd);
-    int status = bench_main(&s, team);
-    fflush(NULL);
-    dup2(saved, out_fd);
-    close(saved);
-    rewind(file);
-    text[fread(text, 1, room - 1, file)] = 0;
-    fclose(file);
-    settings_free(&s);
-    return status;
+    return run_command(bench_main, flags, n_flags, out_fd, text, room);
 }
 
 static double number(const struct json *o, const char *key) {
